@@ -1,0 +1,107 @@
+"""What models are compared on: made-up inputs over seeds, sizes and extremes, and the user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+from onnx_decompose.errors import DataError, ModelError
+from onnx_decompose.feeds import index_limits, random_feeds, size_settings, special_feeds
+from onnx_decompose.sessions import open_session
+from onnx_decompose.tensors import graph_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import onnx
+
+    from onnx_decompose.feeds import Feeds
+    from onnx_decompose.model_io import Model
+    from onnx_decompose.samples import Samples
+    from onnx_decompose.sessions import Provider, Session
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Case", "made_up_cases", "open_model", "runnable", "sample_cases"]
+
+_SAMPLES_AT_A_TIME = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One set of inputs.
+
+    Attributes:
+        label: what it is, for messages.
+        feeds: one array per model input.
+        extras: arrays that came with them and are not inputs (labels, masks).
+        typical: whether claim B is measured on it; the extremes are for claim A alone.
+    """
+
+    label: str
+    feeds: Feeds
+    extras: Feeds = dataclasses.field(default_factory=dict)
+    typical: bool = True
+
+
+def open_model(model: Model, provider: Provider) -> Session:
+    """A session on a model whose external data, if any, lies beside its file."""
+    content = model.proto.SerializeToString()
+    return open_session(content, provider, label=model.label, data_folder=model.folder)
+
+
+def made_up_cases(
+    proto: onnx.ModelProto,
+    *,
+    seeds: int,
+    rng: np.random.Generator,
+    batch: tuple[int, ...] = (1, 5, 32),
+) -> Iterator[Case]:
+    """Random inputs at every setting of the dynamic axes, then zeros, large and tiny ones.
+
+    Args:
+        proto: the model.
+        seeds: random draws at each setting.
+        rng: source of randomness.
+        batch: sizes of the batch axis.
+    """
+    specs, limits = graph_inputs(proto), index_limits(proto)
+    settings = size_settings(specs, batch=batch)
+    for dims in settings:
+        sizes = ", ".join(f"{name} {size}" for name, size in dims.items()) or "fixed sizes"
+        for draw in range(seeds):
+            feeds = random_feeds(specs, rng=rng, dims=dims, limits=limits)
+            yield Case(f"random inputs {draw + 1} at {sizes}", feeds)
+    for label, feeds in special_feeds(specs, rng=rng, dims=settings[-1], limits=limits).items():
+        yield Case(f"{label} inputs", feeds, typical=False)
+
+
+def sample_cases(samples: Samples) -> Iterator[Case]:
+    """The user's inputs, a batch at a time."""
+    for number, (feeds, extras) in enumerate(samples.batches(_SAMPLES_AT_A_TIME)):
+        yield Case(f"{samples.source}, batch {number + 1}", feeds, extras)
+
+
+def runnable(cases: Iterator[Case], session: Session) -> Iterator[tuple[Case, Feeds]]:
+    """The cases that the model accepts, with its outputs: not every size fits every model.
+
+    Raises:
+        DataError: it accepts none of them.
+    """
+    accepted, refusal = 0, None
+    for case in cases:
+        try:
+            outputs = session.run(case.feeds)
+        except ModelError as error:
+            logger.info("%s: left out, the model does not accept it: %s", case.label, error)
+            refusal = error
+            continue
+        accepted += 1
+        yield case, outputs
+    if not accepted:
+        raise DataError(
+            f"{session.label}: does not run on made-up inputs ({refusal}); give real ones with "
+            "--inputs or --calibration"
+        )

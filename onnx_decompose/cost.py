@@ -1,0 +1,53 @@
+"""A first cost model: what a region takes on an execution provider, from flops, bytes and kernels.
+
+One matrix product of (B, K) by (K, N) is taken to last ``kernel + max(flops / flop_rate, bytes / byte_rate)``
+(the roofline model, Williams et al. 2009, plus a launch cost). It ranks candidates; the finished model is always
+timed against the original before it is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["CPU", "CUDA", "CostModel"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CostModel:
+    """Coefficients of one execution provider.
+
+    Attributes:
+        kernel: seconds to start one operator.
+        flop_rate: floating point operations per second of a matrix product.
+        byte_rate: bytes per second that a matrix product reads and writes.
+        copy_rate: bytes per second of Split, Slice, Concat and elementwise operators.
+        gather_rate: bytes per second of Gather along the last axis, which copies element by element.
+        batches: numbers of rows at which candidates are compared.
+    """
+
+    kernel: float
+    flop_rate: float
+    byte_rate: float
+    copy_rate: float
+    gather_rate: float
+    batches: tuple[int, ...] = (1, 16, 256)
+
+    def matmul(self, rows: int, inputs: int, outputs: int, itemsize: int) -> float:
+        """Seconds of (rows, inputs) @ (inputs, outputs)."""
+        flops = 2 * rows * inputs * outputs
+        moved = itemsize * (inputs * outputs + rows * (inputs + outputs))
+        return self.kernel + max(flops / self.flop_rate, moved / self.byte_rate)
+
+    def copy(self, rows: int, units: int, itemsize: int) -> float:
+        """Seconds of an operator that moves (rows, units) in runs."""
+        return self.kernel + 2 * rows * units * itemsize / self.copy_rate
+
+    def gather(self, rows: int, units: int, itemsize: int) -> float:
+        """Seconds of a Gather of (rows, units) along the last axis."""
+        return self.kernel + rows * units * itemsize / self.gather_rate
+
+
+CPU = CostModel(kernel=3e-6, flop_rate=8e10, byte_rate=1.5e10, copy_rate=8e9, gather_rate=2e9)
+CUDA = CostModel(
+    kernel=6e-6, flop_rate=3e13, byte_rate=1.5e12, copy_rate=1.2e12, gather_rate=6e11
+)

@@ -1,0 +1,162 @@
+"""From evidence to plans: one attempt at taking a model apart, at one level of one criterion."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_decompose.analysis.anneal import anneal
+from onnx_decompose.metadata import Decomposition, SiteBlocks, digest
+from onnx_decompose.passes.replace_weights import ReplaceWeights
+from onnx_decompose.passes.rewrite_regions import RewriteRegions
+from onnx_decompose.plan import RegionPlan, plan_region
+from onnx_decompose.study import state_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.analysis.criteria import Criterion, Selection
+    from onnx_decompose.analysis.evidence import Evidence
+    from onnx_decompose.cost import CostModel
+    from onnx_decompose.metadata import Annealing
+    from onnx_decompose.model_io import Model
+    from onnx_decompose.plan import Emit
+    from onnx_decompose.regions import Region
+    from onnx_decompose.sites import Site
+    from onnx_decompose.study import Study
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Attempt", "attempt", "annealed_model", "rewritten_model"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Attempt:
+    """What one level of one criterion gives.
+
+    Attributes:
+        study: the model.
+        evidence: of each site by name.
+        criterion: the criterion at its level.
+        selections: supported entries of each site by name.
+        plans: each region, or the parts it was cut into, with its plan.
+    """
+
+    study: Study
+    evidence: Mapping[str, Evidence]
+    criterion: Criterion
+    selections: Mapping[str, Selection]
+    plans: tuple[tuple[Region, RegionPlan], ...]
+
+    @property
+    def rewrites(self) -> tuple[tuple[Region, RegionPlan], ...]:
+        """The regions that are not left dense."""
+        return tuple((region, plan) for region, plan in self.plans if plan.decision != "dense")
+
+    @property
+    def substructures(self) -> int:
+        """Components of the regions that are rewritten."""
+        return sum(plan.components.count for _, plan in self.rewrites)
+
+    @property
+    def weights_after(self) -> int:
+        """Entries that all sites together store after the rewrite."""
+        after = sum(site.size for site in self.study.sites)
+        for region, plan in self.rewrites:
+            for site in region.sites:
+                source, target = region.axis_of[site.input], region.axis_of[site.output]
+                after -= site.size
+                after += sum(b.units[source].size * b.units[target].size for b in plan.branches)
+        return after
+
+    def annealing(self, site: Site) -> Annealing:
+        """Whether only exact zeros of ``site`` count as unsupported."""
+        unsupported = ~self.selections[site.name].mask
+        return "masked" if (self.study.weight(site)[unsupported] != 0).any() else "exact"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no rewritten site loses anything but exact zeros."""
+        return all(
+            self.annealing(site) == "exact"
+            for region, _ in self.rewrites
+            for site in region.sites
+        )
+
+    def annealed(self) -> dict[str, NDArray[Any]]:
+        """Annealed weight, (K, N), of every site that is rewritten, by name."""
+        return {
+            site.name: anneal(self.study.weight(site), mask)
+            for region, plan in self.rewrites
+            for site, mask in zip(region.sites, plan.masks, strict=True)
+        }
+
+
+def attempt(
+    study: Study,
+    evidence: Mapping[str, Evidence],
+    criterion: Criterion,
+    *,
+    cost: CostModel,
+    emit: Emit,
+    rng: np.random.Generator,
+) -> Attempt:
+    """Select the supported entries of every site and plan every region.
+
+    A maximal region that stays whole is tried again site by site: one dense site hides the structure of the others.
+    """
+    selections = {
+        site.name: criterion.select(evidence[site.name], rng=rng) for site in study.sites
+    }
+    masks = {name: selection.mask for name, selection in selections.items()}
+    plans: list[tuple[Region, RegionPlan]] = []
+    for region in study.regions:
+        whole = plan_region(state_graph(study, region, masks), cost, emit)
+        logger.debug("region %s: %s: %s", region.name, whole.decision, whole.reason)
+        parts = [
+            (part, plan_region(state_graph(study, part, masks), cost, emit))
+            for part in (study.parts(region) if whole.decision == "dense" else ())
+        ]
+        apart = any(plan.decision != "dense" for _, plan in parts)
+        plans.extend(parts if apart else [(region, whole)])
+    return Attempt(study, evidence, criterion, selections, tuple(plans))
+
+
+def annealed_model(tried: Attempt) -> Model:
+    """The original graph with the unsupported entries of the rewritten sites removed."""
+    weights = tried.annealed()
+    changed = {
+        site: weights[site.name]
+        for region, _ in tried.rewrites
+        for site in region.sites
+        if not np.array_equal(weights[site.name], tried.study.weight(site))
+    }
+    return ReplaceWeights(changed)(tried.study.model).model
+
+
+def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
+    """The model with every planned region written as branches, and what its metadata will say."""
+    weights = tried.annealed()
+    rewriting = RewriteRegions(
+        plans=[(region, plan.branches) for region, plan in tried.rewrites],
+        weight=lambda site: weights[site.name],
+        shapes=tried.study.shapes,
+    )
+    model = rewriting(tried.study.model).model
+    sites = {
+        site.name: SiteBlocks(
+            site=site.name,
+            shape=site.shape,
+            annealing=tried.annealing(site),
+            sha256=digest(weights[site.name]),
+            blocks=rewriting.record[site.name],
+        )
+        for region, _ in tried.rewrites
+        for site in region.sites
+    }
+    return model, Decomposition(budget, sites)

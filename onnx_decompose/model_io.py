@@ -1,0 +1,360 @@
+"""Reading and writing ONNX models: checked once here, at the border, so that everything inside may assume.
+
+External data stays in its files: a tensor is read when it is asked for, and copied beside the output at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import filecmp
+import logging
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from onnx_decompose.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "Model",
+    "check_output",
+    "copy_model",
+    "external_files",
+    "load_model",
+    "model_files",
+    "read_tensor",
+    "save_model",
+    "writing",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A model that passed the border checks.
+
+    Attributes:
+        proto: the model; external tensors are not loaded into it.
+        path: the file it came from; None for a model made in memory.
+    """
+
+    proto: onnx.ModelProto
+    path: Path | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that external data locations are relative to."""
+        return None if self.path is None else self.path.parent
+
+    @property
+    def label(self) -> str:
+        """How messages call the model."""
+        return "model" if self.path is None else str(self.path)
+
+
+def load_model(source: str | Path | onnx.ModelProto) -> Model:
+    """Load and check a model.
+
+    Raises:
+        ModelError: the file is missing, empty, truncated or not an ONNX model, or its external data is not there.
+    """
+    if isinstance(source, onnx.ModelProto):
+        model = Model(source)
+    else:
+        path = Path(source)
+        model = Model(_parse(path), path)
+    _check_graph(model)
+    for tensor in _external_tensors(model.proto):
+        _external_path(model, tensor)
+    return model
+
+
+def read_tensor(model: Model, tensor: onnx.TensorProto) -> NDArray[Any]:
+    """The values of ``tensor``; its shape is ``tensor.dims``.
+
+    Raises:
+        ModelError: the stored bytes do not fit the declared shape and type.
+    """
+    try:
+        if uses_external_data(tensor):
+            return _read_external(model, tensor)
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{model.label}: tensor '{tensor.name}' is broken ({_one_line(error)}); export the model again"
+        ) from error
+
+
+def check_output(path: Path, *, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, before any work is done, an output that cannot be written or would overwrite an input.
+
+    Raises:
+        OutputError: naming the path.
+    """
+    for source in inputs:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise OutputError(
+                f"{path}: is the input, which is never modified; choose another output path"
+            )
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; give the path of a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(
+            f"{path}: its folder is missing or cannot be written; choose another path"
+        )
+
+
+def model_files(model: Model) -> set[Path]:
+    """The files that ``model`` came from: its own and its external data."""
+    return external_files(model) | ({model.path} if model.path is not None else set())
+
+
+def save_model(proto: onnx.ModelProto, path: Path, *, data_from: Model) -> None:
+    """Write ``proto``, and the external data that it still refers to, beside it: whole or not at all.
+
+    Args:
+        proto: the model to write.
+        path: where to.
+        data_from: the model whose external files ``proto`` refers to.
+    """
+    _copy_external(proto, path, data_from)
+    with writing(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString())
+
+
+def copy_model(model: Model, path: Path) -> None:
+    """Write the bytes of the file that ``model`` came from, and its external data, to ``path``."""
+    assert model.path is not None
+    _copy_external(model.proto, path, model)
+    with writing(path) as temporary:
+        shutil.copyfile(model.path, temporary)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block ends without an error.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            # mkstemp is private to its owner; an output should get what any new file gets.
+            temporary.chmod(0o666 & ~_umask())
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another path"
+        ) from error
+
+
+def external_files(model: Model) -> set[Path]:
+    """The external data files that ``model`` refers to."""
+    return {_external_path(model, tensor) for tensor in _external_tensors(model.proto)}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise ModelError(
+            f"{path}: cannot be read ({error.strerror}); give an ONNX file"
+        ) from error
+    if not content:
+        raise ModelError(f"{path}: the file is empty; export the model again")
+    try:
+        proto = onnx.ModelProto()
+        proto.ParseFromString(content)
+    except DecodeError as error:
+        raise ModelError(
+            f"{path}: not an ONNX model, or a truncated one; export or copy it again"
+        ) from error
+    return proto
+
+
+def _check_graph(model: Model) -> None:
+    proto = model.proto
+    if not proto.HasField("graph") or not proto.graph.output:
+        raise ModelError(
+            f"{model.label}: holds no graph with outputs; not an ONNX model, or a truncated one"
+        )
+    if not proto.opset_import:
+        raise ModelError(
+            f"{model.label}: declares no operator set; truncated, or not exported completely"
+        )
+    seen: set[str] = set()
+    for tensor in proto.graph.initializer:
+        if tensor.name in seen:
+            raise ModelError(
+                f"{model.label}: two initializers are called '{tensor.name}'; export it again"
+            )
+        seen.add(tensor.name)
+        _check_size(model, tensor)
+    _check_order(model, seen)
+
+
+def _check_order(model: Model, initializers: set[str]) -> None:
+    """Every value is made once, before it is read (ONNX IR specification, 'Graphs')."""
+    graph = model.proto.graph
+    known = initializers | {value.name for value in graph.input} | {""}
+    known |= {sparse.values.name for sparse in graph.sparse_initializer}
+    for node in graph.node:
+        missing = [name for name in node.input if name not in known]
+        if missing:
+            raise ModelError(
+                f"{model.label}: node '{node.name or node.op_type}' reads '{missing[0]}', which nothing before it "
+                "makes; export the model again"
+            )
+        known.update(node.output)
+    missing = [value.name for value in graph.output if value.name not in known]
+    if missing:
+        raise ModelError(
+            f"{model.label}: nothing makes the output '{missing[0]}'; export the model again"
+        )
+
+
+def _check_size(model: Model, tensor: onnx.TensorProto) -> None:
+    """Declared and stored bytes must agree before anything is allocated from the declared shape."""
+    if tensor.data_type == onnx.TensorProto.STRING or not tensor.HasField("raw_data"):
+        return
+    try:
+        itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except KeyError as error:
+        raise ModelError(
+            f"{model.label}: tensor '{tensor.name}' has the unknown type {tensor.data_type}; "
+            "a newer onnx package may know it"
+        ) from error
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    packed = itemsize == 1 and len(tensor.raw_data) < count  # 4-bit types hold two to a byte
+    if not packed and count * itemsize != len(tensor.raw_data):
+        raise ModelError(
+            f"{model.label}: tensor '{tensor.name}' declares shape {list(tensor.dims)} but holds "
+            f"{len(tensor.raw_data)} bytes; export the model again"
+        )
+
+
+def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of the model that is stored outside it, in any graph, attribute or function."""
+    pending: list[Any] = [proto.graph, *proto.functions]
+    while pending:
+        graph = pending.pop()
+        for tensor in getattr(graph, "initializer", ()):
+            if uses_external_data(tensor):
+                yield tensor
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    pending.append(attribute.g)
+                pending.extend(attribute.graphs)
+                for tensor in (attribute.t, *attribute.tensors):
+                    if uses_external_data(tensor):
+                        yield tensor
+
+
+def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
+    """The data file of an external tensor: inside the model's folder, and long enough."""
+    where = f"{model.label}: tensor '{tensor.name}'"
+    if model.folder is None:
+        raise ModelError(
+            f"{where} is stored outside a model that has no file; load its external data first"
+        )
+    try:
+        info = ExternalDataInfo(tensor)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"{where} has a broken external data entry ({_one_line(error)})"
+        ) from error
+    folder = model.folder.resolve()
+    path = (folder / info.location).resolve()
+    if not path.is_relative_to(folder) or not info.location:
+        raise ModelError(
+            f"{where} points to '{info.location}', outside the model's folder; move the data beside it"
+        )
+    if not path.is_file():
+        raise ModelError(
+            f"{where} is stored in '{info.location}', which is missing; put it beside the model"
+        )
+    offset, length = _extent(info)
+    end = offset + (length or 0)
+    if offset < 0 or (length or 0) < 0 or path.stat().st_size < end:
+        raise ModelError(
+            f"{where} ends at byte {end} of '{info.location}', past its end; copy the file again"
+        )
+    return path
+
+
+def _read_external(model: Model, tensor: onnx.TensorProto) -> NDArray[Any]:
+    """Memory-map an external tensor: only the pages that are looked at are read."""
+    path = _external_path(model, tensor)
+    offset, length = _extent(ExternalDataInfo(tensor))
+    dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    shape = tuple(tensor.dims)
+    if length is not None and length != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{length} bytes for shape {shape} of {dtype}")
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    mapped: NDArray[Any] = np.memmap(str(path), dtype, "r", offset, shape)
+    return mapped
+
+
+def _extent(info: Any) -> tuple[int, int | None]:
+    """Offset and length in bytes of an ``ExternalDataInfo``; without a length the data reaches to the file's end."""
+    return int(info.offset or 0), None if info.length is None else int(info.length)
+
+
+def _copy_external(proto: onnx.ModelProto, path: Path, data_from: Model) -> None:
+    """Copy the external files that ``proto`` refers to beside ``path``, each whole or not at all."""
+    for location in sorted(
+        {ExternalDataInfo(tensor).location for tensor in _external_tensors(proto)}
+    ):
+        assert data_from.folder is not None
+        source, target = data_from.folder / location, path.parent / location
+        if target.exists() and (target.samefile(source) or filecmp.cmp(target, source, False)):
+            continue
+        if target.exists():
+            raise OutputError(
+                f"{target}: holds other data already, perhaps of another model; write to another folder"
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{target.parent}: cannot be made ({error.strerror})") from error
+        with writing(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,84 @@
+"""Everything a user can choose, in one place; the command line's options are these fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal, get_args
+
+from onnx_decompose.errors import OptionError
+from onnx_decompose.plan import Emit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Options", "ProviderChoice"]
+
+ProviderChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Options:
+    """Options of ``analyze`` and ``rewrite``.
+
+    Attributes:
+        null: the null distribution, or where it comes from (``auto``, ``zero``, ``recorded``, ``torch``,
+            ``normal:S``, ``snapshot:FILE``, ...).
+        null_config: TOML file that names a null per weight, by glob.
+        criterion: which entries count as supported (``fdr``, ``fwer``, ``ksigma``, ...).
+        alpha: level of the criterion.
+        calibration: the user's inputs; claim B is measured on them.
+        budget: bound of claim B: relative L2 error of every output, or the metric's drop; 0 removes nothing but
+            exact zeros.
+        metric: ``module:function``, higher is better.
+        provider: where to run and to time.
+        emit: how regions are rewritten; ``auto`` chooses by cost.
+        batch: batch sizes at which the rewritten model is timed.
+        seeds: random draws per size when claims are measured.
+        seed: of everything random.
+        force: keep a rewritten model that is not faster.
+    """
+
+    null: str = "auto"
+    null_config: Path | None = None
+    criterion: str = "fdr"
+    alpha: float = 0.01
+    calibration: Path | None = None
+    budget: float = 0.01
+    metric: str | None = None
+    provider: ProviderChoice = "auto"
+    emit: Emit = "auto"
+    batch: tuple[int, ...] = (1, 16, 256)
+    seeds: int = 3
+    seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values once, so that nothing inside has to.
+
+        Raises:
+            OptionError: a value is out of range.
+        """
+        if not 0 < self.alpha < 1:
+            raise OptionError(
+                f"alpha {self.alpha} is not a level; give a number between 0 and 1"
+            )
+        if not self.budget >= 0:
+            raise OptionError(
+                f"budget {self.budget} is negative; give 0 for exact, or a small number"
+            )
+        if self.emit not in get_args(Emit):
+            raise OptionError(
+                f"emit {self.emit!r} is unknown; choose {', '.join(get_args(Emit))}"
+            )
+        if not self.batch or min(self.batch) < 1:
+            raise OptionError(
+                f"batch {self.batch} holds no sizes; give numbers from 1 on, as in 1,16,256"
+            )
+        if self.seed < 0:
+            raise OptionError(f"seed {self.seed} is negative; give 0 or more")
+        if self.seeds < 1:
+            raise OptionError(f"seeds {self.seeds} draws nothing; give 1 or more")
+        if self.metric is not None and self.calibration is None:
+            raise OptionError(
+                "a metric needs data: give --calibration with the inputs (and labels) that it reads"
+            )

@@ -1,0 +1,80 @@
+"""Shapes of a model's values, as far as they can be inferred: an aid, never a precondition."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import onnx
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Dim", "infer_shapes", "opset_of", "skeleton"]
+
+Dim = int | str | None
+"""A size, a symbolic name, or unknown."""
+
+_SMALL = 1024  # bytes: shape arithmetic reads constants of a few entries, never a weight
+
+
+def infer_shapes(proto: onnx.ModelProto) -> Mapping[str, tuple[Dim, ...]]:
+    """Shapes by value name; values of unknown rank are left out.
+
+    Inference runs on a skeleton of the model whose weights are only declared, so it neither copies nor reads them.
+    """
+    declared = skeleton(proto)
+    try:
+        declared = onnx.shape_inference.infer_shapes(declared, data_prop=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+        logger.info(
+            "shape inference failed, going on without it: %s", str(error).splitlines()[0]
+        )
+    graph = declared.graph
+    shapes: dict[str, tuple[Dim, ...]] = {
+        t.name: tuple(t.dims) for t in proto.graph.initializer
+    }
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = tuple(_dim(d) for d in value.type.tensor_type.shape.dim)
+    return shapes
+
+
+def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with its initializers declared as inputs: what inference and the checker look at, without the bytes."""
+    declared = onnx.ModelProto(
+        ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions
+    )
+    graph = declared.graph
+    graph.name = proto.graph.name
+    graph.node.extend(proto.graph.node)
+    graph.input.extend(proto.graph.input)
+    graph.output.extend(proto.graph.output)
+    graph.value_info.extend(proto.graph.value_info)
+    graph.sparse_initializer.extend(proto.graph.sparse_initializer)
+    inputs = {value.name for value in proto.graph.input}
+    for tensor in proto.graph.initializer:
+        if tensor.ByteSize() <= _SMALL:
+            graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(
+                    tensor.name, tensor.data_type, list(tensor.dims)
+                )
+            )
+    return declared
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """Version of the standard operator set that ``proto`` imports."""
+    return next(
+        (entry.version for entry in proto.opset_import if entry.domain in {"", "ai.onnx"}), 1
+    )
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
+    if dim.HasField("dim_value"):
+        return dim.dim_value
+    return dim.dim_param or None

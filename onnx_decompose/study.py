@@ -1,0 +1,128 @@
+"""One model, taken apart for analysis: its sites, its regions, and what is known of each weight's beginnings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from onnx_decompose.analysis.structure import Edge
+from onnx_decompose.constants import Constants
+from onnx_decompose.plan import StateGraph
+from onnx_decompose.regions import Region, find_regions, single_site_regions
+from onnx_decompose.shapes import Dim, infer_shapes, opset_of
+from onnx_decompose.sites import Refusal, Site, check_finite, find_sites, site_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from onnx_decompose.model_io import Model
+
+__all__ = ["Study", "state_graph", "study_model"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Study:
+    """What the graph alone says.
+
+    Attributes:
+        model: the model.
+        constants: its constants.
+        shapes: what is known of its values' shapes.
+        sites: all sites, in graph order.
+        refused: nodes that look like sites and are left alone.
+        regions: the maximal regions; every site is in exactly one.
+        alone: by site name, the site as a region of its own.
+    """
+
+    model: Model
+    constants: Constants
+    shapes: Mapping[str, tuple[Dim, ...]]
+    sites: tuple[Site, ...]
+    refused: tuple[Refusal, ...]
+    regions: tuple[Region, ...]
+    alone: Mapping[str, Region]
+
+    def weight(self, site: Site) -> NDArray[Any]:
+        """The weight of a site, (K, N)."""
+        return site_weight(site, self.constants)
+
+    def parts(self, region: Region) -> tuple[Region, ...]:
+        """The sites of a region as regions of their own, where that is possible; none for a region of one site."""
+        if len(region.sites) == 1:
+            return ()
+        return tuple(self.alone[site.name] for site in region.sites if site.name in self.alone)
+
+
+def study_model(model: Model) -> Study:
+    """Find the sites and regions of ``model``.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    constants = Constants(model)
+    shapes = infer_shapes(model.proto)
+    sites, refused = find_sites(model, constants)
+    check_finite(model, sites, constants)
+    regions: list[Region] = []
+    refusals = list(refused)
+    for region in find_regions(model.proto.graph, sites, constants, shapes):
+        reason = _refuse(model, region, shapes)
+        if reason is None:
+            regions.append(region)
+        else:
+            refusals.extend(Refusal(site.name, site.op_type, reason) for site in region.sites)
+    kept = {site for region in regions for site in region.sites}
+    sites = tuple(site for site in sites if site in kept)
+    alone = {
+        region.name: region
+        for region in single_site_regions(model.proto.graph, sites, constants, shapes)
+        if _refuse(model, region, shapes) is None
+    }
+    return Study(model, constants, shapes, sites, tuple(refusals), tuple(regions), alone)
+
+
+def _refuse(model: Model, region: Region, shapes: Mapping[str, tuple[Dim, ...]]) -> str | None:
+    """Why no rewrite of ``region`` can be written down in the model's version of ONNX; None if it can."""
+    version = model.proto.ir_version
+    if version < 4:
+        return (
+            f"IR version {version} has no initializers that are not inputs too; convert the model "
+            "to version 4 or later"
+        )
+    opset = opset_of(model.proto)
+    if opset >= 11:
+        return None
+    for name in (*region.entries, *region.exits):
+        if name not in shapes:
+            return (
+                f"the rank of '{name}' is not known, and operator set {opset} cannot count axes from the last; "
+                "convert the model to operator set 11 or later"
+            )
+    return None
+
+
+def state_graph(
+    study: Study, region: Region, masks: Mapping[str, NDArray[np.bool_]]
+) -> StateGraph:
+    """The state graph of ``region``, with the supported mask of each site by name."""
+    graph = study.model.proto.graph
+    sites = {site.node for site in region.sites}
+    return StateGraph(
+        axis_sizes=region.axis_sizes,
+        edges=tuple(
+            Edge(region.axis_of[site.input], region.axis_of[site.output], masks[site.name])
+            for site in region.sites
+        ),
+        elementwise=tuple(
+            region.axis_of[graph.node[index].output[0]]
+            for index in region.nodes
+            if index not in sites
+        ),
+        entries=tuple(region.axis_of[name] for name in region.entries),
+        exits=tuple(region.axis_of[name] for name in region.exits),
+        itemsize=study.weight(region.sites[0]).itemsize,
+    )

@@ -1,0 +1,210 @@
+"""From an attempt to the report's figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_decompose.analysis.control import p_structure
+from onnx_decompose.analysis.criteria import make_criterion
+from onnx_decompose.analysis.structure import bipartite_components, condense
+from onnx_decompose.decompose import Attempt, attempt
+from onnx_decompose.gather import gather_all
+from onnx_decompose.report import Alternative, RefusedNode, Report, SiteReport, Summary
+from onnx_decompose.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.bench import Timing
+    from onnx_decompose.cost import CostModel
+    from onnx_decompose.options import Options
+    from onnx_decompose.plan import RegionPlan
+    from onnx_decompose.regions import Region
+    from onnx_decompose.sites import Site
+    from onnx_decompose.study import Study
+    from onnx_decompose.verify import AnnealingClaim, StructuralClaim
+
+__all__ = ["Measured", "alternatives", "report_on", "summary_of"]
+
+_ALTERNATIVE_NULLS = ("zero", "recorded", "torch", "empirical")
+_SHUFFLED_ENTRIES = 100_000_000
+"""Entries that a permutation control may place: a few seconds per site at most."""
+
+_FEWEST_DRAWS = 19
+"""Under this many permutations no p-value of 0.05 can come out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What was measured on a rewritten model; None where it did not come to that."""
+
+    structural: StructuralClaim | None = None
+    annealing: AnnealingClaim | None = None
+    timing: Timing | None = None
+
+
+def report_on(
+    tried: Attempt,
+    options: Options,
+    measured: Measured,
+    *,
+    others: tuple[Alternative, ...] = (),
+    refusal: str | None = None,
+) -> Report:
+    """The report on an attempt.
+
+    Args:
+        tried: the attempt.
+        options: what was asked for.
+        measured: claims and times, as far as they were measured.
+        others: what other nulls would give.
+        refusal: why the attempt was not carried out after all; every site stays dense then.
+    """
+    sites = tuple(
+        _site_report(tried, region, plan, position, refusal, options.seed)
+        for region, plan in tried.plans
+        for position in range(len(region.sites))
+    )
+    order = {site.name: number for number, site in enumerate(tried.study.sites)}
+    sites = tuple(sorted(sites, key=lambda site: order[site.name]))
+    return Report(
+        version=VERSION,
+        model=tried.study.model.label,
+        null=options.null,
+        criterion=tried.criterion.name,
+        summary=summary_of(tried, sites, refusal),
+        sites=sites,
+        refused=tuple(RefusedNode(r.node, r.op_type, r.reason) for r in tried.study.refused),
+        alternatives=others,
+        structural=measured.structural,
+        annealing=measured.annealing,
+        timing=measured.timing,
+    )
+
+
+def summary_of(
+    tried: Attempt, sites: tuple[SiteReport, ...], refusal: str | None = None
+) -> Summary:
+    """The whole model in a few numbers."""
+    before = sum(site.shape[0] * site.shape[1] for site in sites)
+    after = sum(site.weights_after for site in sites)
+    rewrites = () if refusal else tried.rewrites
+    return Summary(
+        sites=len(sites),
+        rewritten=sum(site.decision != "dense" for site in sites),
+        substructures=0 if refusal else tried.substructures,
+        weights_before=before,
+        weights_after=after,
+        flops_before=2 * before,
+        flops_after=2 * after,
+        decomposable=bool(rewrites),
+        reason=refusal or _reason(tried),
+    )
+
+
+def alternatives(
+    study: Study, options: Options, cost: CostModel, asked: Attempt
+) -> Iterator[Alternative]:
+    """What other nulls would give at the same criterion: predicted from the weights, nothing is run."""
+    for null in _ALTERNATIVE_NULLS:
+        if null == options.null or not study.sites:
+            continue
+        evidence = gather_all(study, options, null)
+        if null != "zero" and all(one.source == "zero" for one in evidence.values()):
+            continue
+        tried = attempt(
+            study,
+            evidence,
+            make_criterion(options.criterion, options.alpha),
+            cost=cost,
+            emit=options.emit,
+            rng=np.random.default_rng(options.seed),
+        )
+        entries = sum(site.size for site in study.sites)
+        supported = sum(np.count_nonzero(one.mask) for one in tried.selections.values())
+        yield Alternative(
+            null=null,
+            criterion=asked.criterion.name,
+            density=supported / entries,
+            substructures=tried.substructures,
+            flops_after=2 * tried.weights_after,
+        )
+
+
+def _site_report(
+    tried: Attempt,
+    region: Region,
+    plan: RegionPlan,
+    position: int,
+    refusal: str | None,
+    seed: int,
+) -> SiteReport:
+    site: Site = region.sites[position]
+    selection, evidence = tried.selections[site.name], tried.evidence[site.name]
+    alone = bipartite_components(selection.mask)
+    square = condense(selection.mask) if site.shape[0] == site.shape[1] else None
+    source, target = region.axis_of[site.input], region.axis_of[site.output]
+    null = (
+        evidence.null.name
+        if evidence.source == "zero"
+        else f"{evidence.source} {evidence.null.name}"
+    )
+    report = SiteReport(
+        name=site.name,
+        op_type=site.op_type,
+        shape=site.shape,
+        region=region.name,
+        null=null,
+        pi0=selection.pi0,
+        pi0_interval=selection.pi0_interval,
+        density=float(selection.mask.mean()),
+        components=alone.count,
+        isolated=alone.isolated,
+        sccs=None if square is None else square.sccs,
+        layers=None if square is None else square.layers,
+        decision=plan.decision,
+        reason=plan.reason + (f" ({selection.note})" if selection.note else ""),
+        blocks=tuple((b.units[source].size, b.units[target].size) for b in plan.branches),
+        p_structure=_p_structure(selection.mask, np.random.default_rng(seed)),
+    )
+    if refusal is None or plan.decision == "dense":
+        return report
+    return dataclasses.replace(
+        report, decision="dense", blocks=(), reason=f"{plan.reason}; {refusal}"
+    )
+
+
+def _p_structure(mask: NDArray[np.bool_], rng: np.random.Generator) -> float | None:
+    """How often the same number of entries, placed at random, falls into as many pieces; None for a huge mask."""
+    draws = min(199, _SHUFFLED_ENTRIES // mask.size)
+    if draws < _FEWEST_DRAWS:
+        return None
+    return p_structure(mask, _pieces, rng=rng, most_draws=draws).pvalue
+
+
+def _pieces(mask: NDArray[np.bool_]) -> float:
+    found = bipartite_components(mask)
+    return float(found.count + found.isolated)
+
+
+def _reason(tried: Attempt) -> str:
+    """One sentence on the whole model."""
+    if not tried.study.sites:
+        return "the model has no MatMul or Gemm with a constant weight"
+    if tried.rewrites:
+        branches = sum(len(plan.branches) for _, plan in tried.rewrites)
+        return (
+            f"{_count(tried.substructures, 'substructure')} in {_count(len(tried.rewrites), 'region')}, "
+            f"run as {_count(branches, 'branch', 'branches')}"
+        )
+    region, plan = max(tried.plans, key=lambda item: sum(item[0].axis_sizes))
+    return f"no region can be taken apart; the largest ({region.name}): {plan.reason}"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

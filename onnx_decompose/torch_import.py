@@ -1,0 +1,30 @@
+"""The one place that imports torch: everything else works without it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from onnx_decompose.errors import OptionError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["import_torch"]
+
+
+def import_torch(purpose: str) -> ModuleType:
+    """The torch package.
+
+    Args:
+        purpose: what cannot be done without it, for the message.
+
+    Raises:
+        OptionError: torch is not installed.
+    """
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise OptionError(
+            f'{purpose} needs torch ({error}); pip install "onnx-decompose[export]"'
+        ) from error

@@ -1,0 +1,448 @@
+"""The two claims, kept apart.
+
+Claim A, structural equivalence: the rewritten model is the annealed model. First proved on the weights (rebuilt from
+blocks and permutations they equal the annealed ones bit for bit), then measured on outputs, where only the order
+of float additions may differ.
+
+Claim B, annealing error: how far the rewritten model is from the original, on stated data, against a budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_decompose.cases import made_up_cases, open_model, runnable, sample_cases
+from onnx_decompose.constants import Constants
+from onnx_decompose.errors import ModelError, OptionError
+from onnx_decompose.metadata import Decomposition, SiteBlocks, digest, read_decomposition
+from onnx_decompose.metrics import DeviationAccumulator
+from onnx_decompose.model_io import Model, read_tensor
+from onnx_decompose.passes.replace_weights import ReplaceWeights
+from onnx_decompose.sites import Site, find_sites, site_weight
+from onnx_decompose.tensors import graph_inputs, graph_outputs, is_float
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.cases import Case
+    from onnx_decompose.feeds import Feeds
+    from onnx_decompose.metrics import Deviation, Metric
+    from onnx_decompose.samples import Samples
+    from onnx_decompose.sessions import Provider
+
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "AnnealingClaim",
+    "Inputs",
+    "StructuralClaim",
+    "Tolerance",
+    "Validation",
+    "measure_annealing",
+    "prove_structure",
+    "structural_claim",
+    "validate_models",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest deviation between two outputs: ``atol + rtol * max |reference|``.
+
+    Relative to the output's own size, so that neither tiny nor large outputs make a false verdict.
+    """
+
+    rtol: float
+    atol: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            OptionError: one is negative or NaN.
+        """
+        if not (self.rtol >= 0 and self.atol >= 0):
+            raise OptionError(
+                f"tolerances rtol {self.rtol} and atol {self.atol} must not be negative"
+            )
+
+    @classmethod
+    def for_dtype(cls, dtype: np.dtype[Any]) -> Tolerance:
+        """What onnxruntime's own tests allow, taken relative to the output's size."""
+        return _TOLERANCES.get(dtype.name, Tolerance(0.0))
+
+
+_TOLERANCES = {
+    "float64": Tolerance(1e-10),
+    "float32": Tolerance(1e-4),
+    "float16": Tolerance(1e-2),
+    "bfloat16": Tolerance(5e-2),
+}
+
+_ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+"""Relative L2 error that float additions in another order can make: no budget can be held below it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StructuralClaim:
+    """Claim A.
+
+    Attributes:
+        passed: whether it holds.
+        reason: what was proved, or what failed first.
+        sites: rewritten sites whose weights were rebuilt.
+        cases: sets of inputs whose outputs were compared.
+        error: largest deviation of an output, relative to its largest entry.
+    """
+
+    passed: bool
+    reason: str
+    sites: int
+    cases: int
+    error: float
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AnnealingClaim:
+    """Claim B.
+
+    Attributes:
+        passed: whether the error is within the budget.
+        error: largest relative L2 error of an output, or the metric's drop.
+        budget: its bound.
+        data: what it was measured on.
+        measure: what ``error`` is.
+        outputs: deviation of each output.
+    """
+
+    passed: bool
+    error: float
+    budget: float
+    data: str
+    measure: str
+    outputs: Mapping[str, Deviation]
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Validation:
+    """Both claims; true if both hold. ``structural`` is None for a model that this tool did not rewrite."""
+
+    structural: StructuralClaim | None
+    annealing: AnnealingClaim
+
+    def __bool__(self) -> bool:
+        return (self.structural is None or self.structural.passed) and self.annealing.passed
+
+    @property
+    def failure(self) -> str:
+        """What does not hold, in one line; empty where both claims hold."""
+        faults: list[str] = []
+        if self.structural is not None and not self.structural:
+            faults.append(f"claim A does not hold: {self.structural.reason}")
+        if not self.annealing:
+            claim = self.annealing
+            faults.append(
+                f"claim B does not hold: {claim.measure} {claim.error:.3g} against a budget of {claim.budget:g} "
+                f"on {claim.data}"
+            )
+        return "; ".join(faults)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """What claims are measured on.
+
+    Attributes:
+        samples: the user's inputs, if any.
+        seeds: random draws at each size, for claim A always and for claim B without ``samples``.
+        seed: of the random draws.
+        metric: the user's metric on (inputs, outputs), higher is better; None for the relative L2 error.
+    """
+
+    samples: Samples | None = None
+    seeds: int = 3
+    seed: int = 0
+    metric: Metric | None = None
+
+    @property
+    def data(self) -> str:
+        """How reports call the data of claim B."""
+        if self.samples is None:
+            return f"random inputs (seed {self.seed}), not real ones"
+        return f"{self.samples.source} ({self.samples.count} samples)"
+
+    def cases(self, model: Model) -> Iterator[Case]:
+        """Made-up cases, then the user's; claim B is measured on the user's alone where there are any."""
+        made_up = made_up_cases(
+            model.proto, seeds=self.seeds, rng=np.random.default_rng(self.seed)
+        )
+        for case in made_up:
+            yield dataclasses.replace(case, typical=case.typical and self.samples is None)
+        if self.samples is not None:
+            yield from sample_cases(self.samples)
+
+
+def validate_models(
+    original: Model,
+    rewritten: Model,
+    *,
+    inputs: Inputs,
+    provider: Provider,
+    budget: float | None = None,
+    tolerance: Tolerance | None = None,
+) -> Validation:
+    """Check both claims of a rewritten model, or only claim B where it carries no decomposition.
+
+    Args:
+        original: the model before the rewrite.
+        rewritten: the model to check.
+        inputs: what to measure on.
+        provider: where to run.
+        budget: bound of claim B; by default the one in the rewritten model's metadata, else 0.01.
+        tolerance: for claim A's outputs; by default each output's type decides.
+
+    Raises:
+        ModelError: the two models have different inputs or outputs, or one does not run.
+    """
+    _check_interface(original, rewritten)
+    decomposition = read_decomposition(rewritten.proto, rewritten.label)
+    structural = None
+    if decomposition is not None:
+        structural = structural_claim(
+            original, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
+        )
+        budget = decomposition.budget if budget is None else budget
+    annealing = measure_annealing(
+        original,
+        rewritten,
+        inputs=inputs,
+        provider=provider,
+        budget=0.01 if budget is None else budget,
+    )
+    return Validation(structural, annealing)
+
+
+def structural_claim(
+    original: Model,
+    rewritten: Model,
+    *,
+    inputs: Inputs,
+    provider: Provider,
+    tolerance: Tolerance | None = None,
+) -> StructuralClaim:
+    """Claim A: weights rebuilt bit for bit, then outputs compared with the annealed model that they make.
+
+    Raises:
+        ModelError: ``rewritten`` carries no decomposition, or one of another model.
+    """
+    decomposition = read_decomposition(rewritten.proto, rewritten.label)
+    if decomposition is None:
+        raise ModelError(
+            f"{rewritten.label}: was not rewritten by onnx-decompose; only claim B can be checked"
+        )
+    fault, weights = prove_structure(original, rewritten, decomposition)
+    if fault is not None:
+        return StructuralClaim(False, fault, len(weights), 0, float("nan"))
+    annealed = ReplaceWeights(weights)(original).model
+    measured = _measure_structural(
+        annealed, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
+    )
+    proved = f"{len(weights)} weights rebuilt bit for bit; " if weights else ""
+    return dataclasses.replace(measured, reason=proved + measured.reason, sites=len(weights))
+
+
+def prove_structure(
+    original: Model, rewritten: Model, decomposition: Decomposition
+) -> tuple[str | None, dict[Site, NDArray[Any]]]:
+    """Rebuild every rewritten weight from its blocks and compare bit for bit, before anything runs.
+
+    Returns:
+        What is wrong first, or None; and the annealed weights by site of the original, (K, N) each.
+    """
+    constants = Constants(original)
+    sites = {site.name: site for site in find_sites(original, constants)[0]}
+    stored = {tensor.name: tensor for tensor in rewritten.proto.graph.initializer}
+    fault: str | None = None
+    weights: dict[Site, NDArray[Any]] = {}
+    for name, blocks in decomposition.sites.items():
+        site = sites.get(name)
+        if site is None or site.shape != blocks.shape:
+            raise ModelError(
+                f"{rewritten.label}: was not made from {original.label}: it has no site '{name}' of shape "
+                f"{list(blocks.shape)}; give the model that was rewritten"
+            )
+        before = site_weight(site, constants)
+        rebuilt = np.zeros(blocks.shape, before.dtype)
+        for block in blocks.blocks:
+            if block.initializer not in stored:
+                return f"site '{name}': block '{block.initializer}' is missing", weights
+            values = read_tensor(rewritten, stored[block.initializer])
+            values = values.T if block.transposed else values
+            if (
+                values.shape != (block.rows.size, block.columns.size)
+                or values.dtype != before.dtype
+            ):
+                return (
+                    f"site '{name}': block '{block.initializer}' has another shape or type",
+                    weights,
+                )
+            rebuilt[np.ix_(block.rows, block.columns)] = values
+        fault = fault or _compare_weights(blocks, before, rebuilt)
+        weights[site] = rebuilt
+    changed = _changed_tensor(original, rewritten)
+    if fault is None and changed is not None:
+        fault = f"tensor '{changed}', which was not rewritten, is not the original's"
+    return fault, weights
+
+
+def measure_annealing(
+    original: Model, rewritten: Model, *, inputs: Inputs, provider: Provider, budget: float
+) -> AnnealingClaim:
+    """Claim B: the rewritten (or annealed) model against the original on the typical cases."""
+    reference = open_model(original, provider)
+    candidate = open_model(rewritten, provider)
+    deviations = {spec.name: DeviationAccumulator() for spec in reference.outputs}
+    scores: list[tuple[Feeds, Feeds, Feeds]] = []
+    for case, expected in runnable(inputs.cases(original), reference):
+        if not case.typical:
+            continue
+        got = candidate.run(case.feeds)
+        for name, accumulator in deviations.items():
+            accumulator.update(expected[name], got[name])
+        if inputs.metric is not None:
+            scores.append(({**case.feeds, **case.extras}, expected, got))
+    outputs = {name: accumulator.result() for name, accumulator in deviations.items()}
+    if inputs.metric is None:
+        error = max(deviation.relative_l2 for deviation in outputs.values())
+        measure = "relative L2 error"
+    else:
+        error = _metric_drop(inputs.metric, scores)
+        measure = "drop of the metric"
+    # Two graphs that are equal in exact arithmetic still differ by the order of their additions.
+    rounding = (
+        0.0
+        if inputs.metric
+        else max(_ROUNDING.get(s.dtype.name, 0.0) for s in reference.outputs)
+    )
+    passed = bool(error <= max(budget, rounding))
+    return AnnealingClaim(passed, float(error), budget, inputs.data, measure, outputs)
+
+
+def _measure_structural(
+    annealed: Model,
+    rewritten: Model,
+    *,
+    inputs: Inputs,
+    provider: Provider,
+    tolerance: Tolerance | None = None,
+) -> StructuralClaim:
+    """Compare the outputs of the annealed and the rewritten model on every case."""
+    reference = open_model(annealed, provider)
+    candidate = open_model(rewritten, provider)
+    worst, cases, failure = 0.0, 0, None
+    for case, expected in runnable(inputs.cases(annealed), reference):
+        cases += 1
+        got = candidate.run(case.feeds)
+        for name, value in expected.items():
+            error, allowed = _deviation(value, got[name], tolerance)
+            if not error <= allowed and failure is None:
+                failure = f"output '{name}' deviates by {error:.3g} (allowed {allowed:.3g}) on {case.label}"
+            worst = max(worst, error) if np.isfinite(error) else float("inf")
+    reason = failure or f"outputs agree to {worst:.2g} of their size on {cases} sets of inputs"
+    return StructuralClaim(failure is None, reason, 0, cases, worst)
+
+
+def _compare_weights(
+    blocks: SiteBlocks, before: NDArray[Any], rebuilt: NDArray[Any]
+) -> str | None:
+    if digest(rebuilt) != blocks.sha256:
+        return f"site '{blocks.site}': the weight rebuilt from its blocks is not the annealed weight"
+    if blocks.annealing != "refitted":
+        changed = (rebuilt != before) & (rebuilt != 0)
+        if changed.any():
+            row, column = (int(index) for index in np.argwhere(changed)[0])
+            return f"site '{blocks.site}': entry ({row}, {column}) is neither the original's nor zero"
+    return None
+
+
+def _deviation(
+    reference: NDArray[Any], other: NDArray[Any], tolerance: Tolerance | None
+) -> tuple[float, float]:
+    """Largest deviation relative to the reference's largest entry, and what is allowed of it."""
+    if reference.shape != other.shape or reference.dtype != other.dtype:
+        return float("inf"), 0.0
+    if not is_float(reference.dtype):
+        return (0.0 if np.array_equal(reference, other) else float("inf")), 0.0
+    allowed = tolerance or Tolerance.for_dtype(reference.dtype)
+    first, second = reference.astype(np.float64), other.astype(np.float64)
+    finite = np.isfinite(first)
+    if not np.array_equal(first[~finite], second[~finite], equal_nan=True):
+        return float("inf"), 0.0
+    if not finite.any():
+        return 0.0, 0.0
+    size = float(np.abs(first[finite]).max())
+    error = float(np.abs(first[finite] - second[finite]).max())
+    if not size:
+        return error, allowed.atol
+    return error / size, allowed.rtol + allowed.atol / size
+
+
+def _metric_drop(metric: Metric, scores: list[tuple[Feeds, Feeds, Feeds]]) -> float:
+    """How much lower the metric is for the second set of outputs; metrics see all samples at once."""
+    inputs = _joined([inputs for inputs, _, _ in scores])
+    before = metric(inputs, _joined([outputs for _, outputs, _ in scores]))
+    after = metric(inputs, _joined([outputs for _, _, outputs in scores]))
+    return before - after
+
+
+def _joined(parts: list[Feeds]) -> Feeds:
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: np.concatenate([part[name] for part in parts])
+        if parts[0][name].ndim
+        else parts[0][name]
+        for name in parts[0]
+    }
+
+
+def _changed_tensor(original: Model, rewritten: Model) -> str | None:
+    """The first tensor that both models store under one name with other bytes."""
+    before = {tensor.name: tensor for tensor in original.proto.graph.initializer}
+    for tensor in rewritten.proto.graph.initializer:
+        if tensor.name not in before or tensor == before[tensor.name]:
+            continue
+        first, second = (
+            read_tensor(original, before[tensor.name]),
+            read_tensor(rewritten, tensor),
+        )
+        if (
+            first.dtype != second.dtype
+            or first.shape != second.shape
+            or first.tobytes() != second.tobytes()
+        ):
+            return str(tensor.name)
+    return None
+
+
+def _check_interface(original: Model, rewritten: Model) -> None:
+    for what, specs in (("inputs", graph_inputs), ("outputs", graph_outputs)):
+        before = [(spec.name, spec.dtype) for spec in specs(original.proto)]
+        after = [(spec.name, spec.dtype) for spec in specs(rewritten.proto)]
+        if before != after:
+            raise ModelError(
+                f"{rewritten.label}: its {what} are not those of {original.label}; give two versions of one model"
+            )

@@ -1,0 +1,267 @@
+"""Emission ``shrink`` and ``split``: a region's nodes once per branch, on that branch's units alone.
+
+    entry --[Split | Slice | Gather]--> branch values --> sliced copies of the nodes --[Concat, Gather]--> exit
+
+Interior values never meet: one cut where a value comes in, one join where it goes out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnx_decompose.passes.splice import Placed
+from onnx_decompose.plan import layout_of
+from onnx_decompose.sites import attribute_values
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import onnx
+    from numpy.typing import NDArray
+
+    from onnx_decompose.constants import Constants
+    from onnx_decompose.passes.splice import Fresh
+    from onnx_decompose.plan import Branch
+    from onnx_decompose.regions import Region
+    from onnx_decompose.sites import Site
+
+    Value: TypeAlias = gs.Variable | gs.Constant
+
+__all__ = ["BranchEmitter", "TensorOps"]
+
+
+class TensorOps:
+    """Split, Slice, Gather and Concat on the last axis, in the form that the model's operator set has."""
+
+    def __init__(self, opset: int, ranks: Mapping[str, int], fresh: Fresh) -> None:
+        self._opset = opset
+        self._ranks = ranks
+        self.fresh = fresh
+        self.placed: list[Placed] = []
+
+    def axis(self, value: str) -> int:
+        """The last axis of ``value`` as an attribute; negative axes came with operator set 11."""
+        return -1 if self._opset >= 11 else self._ranks[value] - 1
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        place: int,
+        attrs: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a helper node before whatever is placed next."""
+        name = self.fresh.name(f"{outputs[0].name}.{op}")
+        node = gs.Node(op, name, attrs or {}, list(inputs), list(outputs))
+        self.placed.append(Placed(node, place, None))
+
+    def split(
+        self, value: Value, sizes: Sequence[int], outputs: Sequence[Value], place: int
+    ) -> None:
+        """Cut ``value`` into consecutive runs of ``sizes``."""
+        axis = self.axis(value.name)
+        if self._opset >= 13:
+            lengths = self.fresh.constant(f"{value.name}.sizes", np.asarray(sizes, np.int64))
+            self.add("Split", [value, lengths], outputs, place, {"axis": axis})
+        else:
+            self.add("Split", [value], outputs, place, {"axis": axis, "split": list(sizes)})
+
+    def slice(self, value: Value, start: int, stop: int, output: Value, place: int) -> None:
+        """Units ``start`` to ``stop`` of ``value``."""
+        axis = self.axis(value.name)
+        if self._opset < 10:
+            attrs = {"starts": [start], "ends": [stop], "axes": [axis]}
+            self.add("Slice", [value], [output], place, attrs)
+            return
+        bounds = [
+            self.fresh.constant(f"{output.name}.{what}", np.asarray([number], np.int64))
+            for what, number in (("start", start), ("stop", stop), ("axis", axis))
+        ]
+        self.add("Slice", [value, *bounds], [output], place)
+
+    def gather(
+        self, value: Value, units: NDArray[np.intp], output: Value, like: str, place: int
+    ) -> None:
+        """The given units of ``value``; ``like`` is a value of the same rank."""
+        indices = self.fresh.constant(f"{output.name}.units", units.astype(np.int64))
+        self.add("Gather", [value, indices], [output], place, {"axis": self.axis(like)})
+
+    def concat(self, values: Sequence[Value], output: Value, like: str, place: int) -> None:
+        """``values`` side by side; ``like`` is a value of the same rank."""
+        self.add("Concat", values, [output], place, {"axis": self.axis(like)})
+
+
+class BranchEmitter:
+    """Writes one region as branches.
+
+    Args:
+        graph: the model's main graph.
+        region: the region to write.
+        branches: the units of each branch.
+        weights: annealed weight of each site by name, (K, N).
+        constants: the constants of the graph.
+        ops: where the new nodes go.
+    """
+
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        region: Region,
+        branches: Sequence[Branch],
+        weights: Mapping[str, NDArray[Any]],
+        constants: Constants,
+        ops: TensorOps,
+    ) -> None:
+        self._graph = graph
+        self._region = region
+        self._branches = tuple(branches)
+        self._weights = weights
+        self._constants = constants
+        self._ops = ops
+        self._local: dict[str, list[Value]] = {}
+        self.blocks: dict[str, list[str]] = {}
+        """Site name -> name of the initializer that holds each branch's block."""
+
+    def emit(self) -> None:
+        """Write every node of the region, in order, once per branch."""
+        sites = {site.node: site for site in self._region.sites}
+        for index in self._region.nodes:
+            node = self._graph.node[index]
+            for name in node.input:
+                if name in self._region.axis_of and name not in self._local:
+                    self._local[name] = self._cut(name, index)
+            if index in sites:
+                self._site(sites[index], node)
+            else:
+                self._elementwise(node, index)
+            if node.output[0] in self._region.exits:
+                self._join(node.output[0], index)
+
+    def _units(self, name: str, branch: int) -> NDArray[np.intp]:
+        return self._branches[branch].units[self._region.axis_of[name]]
+
+    def _is_whole(self, name: str) -> bool:
+        axis = self._region.axis_of[name]
+        return (
+            len(self._branches) == 1
+            and self._branches[0].units[axis].size == self._region.axis_sizes[axis]
+        )
+
+    def _order(self, axis: int) -> list[int]:
+        """The branches by their first unit on ``axis``."""
+        return sorted(
+            range(len(self._branches)), key=lambda n: int(self._branches[n].units[axis][0])
+        )
+
+    def _cut(self, name: str, place: int) -> list[Value]:
+        """The branches' parts of a value that comes from outside."""
+        value = gs.Variable(name)
+        if self._is_whole(name):
+            return [value]
+        axis = self._region.axis_of[name]
+        layout = layout_of(self._branches, axis, self._region.axis_sizes[axis])
+        parts: list[Value] = [
+            gs.Variable(self._ops.fresh.name(f"{name}.branch{number}"))
+            for number in range(len(self._branches))
+        ]
+        if layout == "whole":
+            order = self._order(axis)
+            sizes = [self._branches[number].units[axis].size for number in order]
+            self._ops.split(value, sizes, [parts[number] for number in order], place)
+            return parts
+        for number, part in enumerate(parts):
+            units = self._units(name, number)
+            if layout == "runs":
+                self._ops.slice(value, int(units[0]), int(units[-1]) + 1, part, place)
+            else:
+                self._ops.gather(value, units, part, name, place)
+        return parts
+
+    def _join(self, name: str, place: int) -> None:
+        """Make the value ``name``, which is read outside, from the branches' parts."""
+        if self._is_whole(name):
+            return
+        axis = self._region.axis_of[name]
+        layout = layout_of(self._branches, axis, self._region.axis_sizes[axis])
+        output = gs.Variable(name)
+        parts = self._local[name]
+        if layout == "whole":
+            self._ops.concat([parts[n] for n in self._order(axis)], output, name, place)
+            return
+        joined = gs.Variable(self._ops.fresh.name(f"{name}.joined"))
+        self._ops.concat(parts, joined, name, place)
+        units = np.concatenate([branch.units[axis] for branch in self._branches])
+        self._ops.gather(joined, np.argsort(units), output, name, place)
+
+    def _outputs(self, name: str) -> list[Value]:
+        """New values for what a node makes in each branch."""
+        if self._is_whole(name) or (
+            len(self._branches) == 1 and name not in self._region.exits
+        ):
+            parts: list[Value] = [gs.Variable(name)]
+        else:
+            parts = [
+                gs.Variable(self._ops.fresh.name(f"{name}.branch{number}"))
+                for number in range(len(self._branches))
+            ]
+        self._local[name] = parts
+        return parts
+
+    def _site(self, site: Site, node: onnx.NodeProto) -> None:
+        weight = self._weights[site.name]
+        flipped = bool(attribute_values(node).get("transB", 0))
+        self.blocks[site.name] = []
+        sources = self._local[site.input]
+        for number, output in enumerate(self._outputs(site.output)):
+            rows, columns = self._units(site.input, number), self._units(site.output, number)
+            block = weight[np.ix_(rows, columns)]
+            tensor = self._ops.fresh.constant(
+                f"{site.tensor}.block{number}", block.T if flipped else block
+            )
+            self.blocks[site.name].append(tensor.name)
+            inputs = [sources[number], tensor]
+            if len(node.input) > 2 and node.input[2]:
+                inputs.append(self._sliced_constant(node.input[2], site.output, number))
+            self._copy(node, inputs, output, site.node, number)
+
+    def _elementwise(self, node: onnx.NodeProto, index: int) -> None:
+        for number, output in enumerate(self._outputs(node.output[0])):
+            inputs: list[Value] = []
+            for name in node.input:
+                if name in self._region.axis_of:
+                    inputs.append(self._local[name][number])
+                elif name in self._constants:
+                    inputs.append(self._sliced_constant(name, node.output[0], number))
+                else:
+                    inputs.append(gs.Variable(name))
+            self._copy(node, inputs, output, index, number)
+
+    def _copy(
+        self,
+        node: onnx.NodeProto,
+        inputs: list[Value],
+        output: Value,
+        place: int,
+        number: int,
+    ) -> None:
+        base = node.name or node.output[0]
+        name = (
+            base if len(self._branches) == 1 else self._ops.fresh.name(f"{base}.branch{number}")
+        )
+        copy = gs.Node(node.op_type, name, {}, [*inputs], [output])
+        self._ops.placed.append(Placed(copy, place, node))
+
+    def _sliced_constant(self, name: str, like: str, number: int) -> Value:
+        """The constant ``name`` restricted to the units that branch ``number`` has of the value ``like``."""
+        axis = self._region.axis_of[like]
+        shape = self._constants[name].shape
+        size = self._region.axis_sizes[axis]
+        units = self._branches[number].units[axis]
+        if not shape or shape[-1] != size or units.size == size:
+            return gs.Variable(name)
+        values = self._constants.array(name)[..., units]
+        return self._ops.fresh.constant(f"{name}.branch{number}", values)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_decompose.analysis.criteria import make_criterion
+from onnx_decompose.analysis.evidence import Evidence
+from onnx_decompose.analysis.null import Zero
+from onnx_decompose.analysis.shared import shared_lines
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_lines_with_a_common_drift_are_found(
+    share: float, axis: int, rng: np.random.Generator
+) -> None:
+    lines = rng.normal(0, 0.05, (1000, 48))
+    members = np.sort(rng.choice(1000, int(share * 1000), replace=False))
+    lines[members] = rng.normal(0, 0.05, 48) + rng.normal(0, 1e-6, (members.size, 48))
+    weight = lines.astype(np.float32) if axis == 0 else lines.T.astype(np.float32)
+    (group,) = shared_lines(weight, axis, rng=rng)
+    np.testing.assert_array_equal(group.members, members)
+    assert group.axis == axis
+    assert group.representative.shape == (48,)
+    assert 0 < group.deviation < 1e-5
+    if share < 1:  # otherwise the other axis holds constant lines, near each other by chance
+        assert shared_lines(weight, 1 - axis, rng=rng) == ()
+
+
+def test_unrelated_lines_form_no_group(rng: np.random.Generator) -> None:
+    for scale in (0.0, 1.0):
+        weight = (scale + rng.normal(0, 0.05, (400, 64))).astype(np.float32)
+        assert shared_lines(weight, 0, rng=rng) == ()
+        assert shared_lines(weight, 1, rng=rng) == ()
+
+
+def test_exact_duplicates_and_zero_lines(rng: np.random.Generator) -> None:
+    weight = rng.normal(0, 1, (60, 20)).astype(np.float32)
+    weight[[3, 30, 31]] = weight[3]
+    weight[[7, 50]] = weight[7]
+    weight[[10, 11]] = 0
+    groups = shared_lines(weight, 0, rng=rng)
+    assert [g.members.tolist() for g in groups] == [[3, 30, 31], [7, 50]]
+    assert all(g.deviation == 0 for g in groups)
+
+
+def test_two_drifts_are_two_groups(rng: np.random.Generator) -> None:
+    weight = rng.normal(0, 1, (500, 32))
+    weight[:200] = rng.normal(0, 1, 32) + rng.normal(0, 1e-6, (200, 32))
+    weight[200:260] = rng.normal(0, 1, 32) + rng.normal(0, 1e-6, (60, 32))
+    groups = shared_lines(weight.astype(np.float32), 0, rng=rng)
+    assert [g.members.size for g in groups] == [200, 60]
+
+
+def test_the_criterion_removes_nothing(rng: np.random.Generator) -> None:
+    weight = rng.normal(0, 1, (50, 40)).astype(np.float32)
+    weight[:, 5] = weight[:, 9]
+    weight[0, 0] = 0
+    selection = make_criterion("shared", 0.01).select(
+        Evidence(weight, weight, Zero(), "zero"), rng=rng
+    )
+    np.testing.assert_array_equal(selection.mask, weight != 0)
+    (group,) = selection.shared
+    assert group.axis == 1
+    assert group.members.tolist() == [5, 9]
+    assert selection.pi0 == pytest.approx(1 / 40)
+    assert make_criterion("shared", 0.01).looser() is None

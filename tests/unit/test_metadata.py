@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from onnx_decompose.errors import ModelError
+from onnx_decompose.metadata import (
+    DECOMPOSITION_KEY,
+    FORMAT,
+    VERSION_KEY,
+    Annealing,
+    Block,
+    Decomposition,
+    SiteBlocks,
+    digest,
+    parse_units,
+    read_decomposition,
+    units_text,
+    write_decomposition,
+)
+
+
+def units(size: int) -> st.SearchStrategy[Any]:
+    return hnp.arrays(np.bool_, size).map(np.flatnonzero)
+
+
+@st.composite
+def decompositions(draw: st.DrawFn) -> Decomposition:
+    sites = {}
+    for name in draw(st.sets(st.text(min_size=1), max_size=3)):
+        shape = draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
+        blocks = tuple(
+            Block(
+                draw(units(shape[0])),
+                draw(units(shape[1])),
+                draw(st.text()),
+                draw(st.booleans()),
+            )
+            for _ in range(draw(st.integers(0, 3)))
+        )
+        annealing = draw(st.sampled_from(get_args(Annealing)))
+        sites[name] = SiteBlocks(name, shape, annealing, "0" * 64, blocks)
+    return Decomposition(draw(st.floats(0, 1)), sites)
+
+
+def plain(decomposition: Decomposition) -> Any:
+    return decomposition.budget, {
+        name: (
+            site.site,
+            site.shape,
+            site.annealing,
+            site.sha256,
+            [
+                (b.rows.tolist(), b.columns.tolist(), b.initializer, b.transposed)
+                for b in site.blocks
+            ],
+        )
+        for name, site in decomposition.sites.items()
+    }
+
+
+@settings(max_examples=30)
+@given(decompositions())
+def test_round_trip_through_a_serialized_model(decomposition: Decomposition) -> None:
+    proto = onnx.ModelProto()
+    write_decomposition(proto, decomposition, "1.2.3")
+    stored = onnx.ModelProto.FromString(proto.SerializeToString())
+    found = read_decomposition(stored, "m")
+    assert found is not None
+    assert plain(found) == plain(decomposition)
+
+
+@given(units(300))
+def test_units_round_trip(numbers: Any) -> None:
+    np.testing.assert_array_equal(parse_units(units_text(numbers), 300), numbers, strict=True)
+
+
+def test_runs_are_written_as_runs() -> None:
+    assert units_text(np.array([0, 1, 2, 7, 9, 10])) == "0:3,7,9:11"
+    assert units_text(np.array([], np.intp)) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["3,2", "2,2", "0:3,2", "-1", "3:3", "4:2", "x", "1:", ":2", ",", "0:5", "4", "0:9e9"],
+)
+def test_other_texts_are_no_units(text: str) -> None:
+    with pytest.raises(ValueError, match=r"ascending unit numbers under 4|invalid literal"):
+        parse_units(text, 4)
+
+
+def test_what_was_there_is_replaced_and_the_rest_kept() -> None:
+    proto = onnx.ModelProto()
+    proto.metadata_props.add(key="mine", value="kept")
+    for budget in (0.5, 0.25):
+        write_decomposition(proto, Decomposition(budget, {}), "1")
+    assert [entry.key for entry in proto.metadata_props] == [
+        "mine",
+        VERSION_KEY,
+        DECOMPOSITION_KEY,
+    ]
+    found = read_decomposition(proto, "m")
+    assert found is not None
+    assert found.budget == 0.25
+
+
+def test_a_model_without_it() -> None:
+    assert read_decomposition(onnx.ModelProto(), "m") is None
+
+
+def carrying(content: object) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    text = content if isinstance(content, str) else json.dumps(content)
+    proto.metadata_props.add(key=DECOMPOSITION_KEY, value=text)
+    return proto
+
+
+SITE = {"shape": [2, 3], "annealing": "exact", "sha256": "0", "blocks": []}
+BLOCK = {"rows": "0:2", "columns": "0", "initializer": "b", "transposed": False}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        {},
+        {"format": "one", "budget": 0, "sites": {}},
+        {"format": FORMAT, "budget": None, "sites": {}},
+        {"format": FORMAT, "budget": 0, "sites": []},
+        {"format": FORMAT, "budget": 0, "sites": {"s": {**SITE, "shape": [2]}}},
+        {"format": FORMAT, "budget": 0, "sites": {"s": {**SITE, "shape": [2, 3.5]}}},
+        {"format": FORMAT, "budget": 0, "sites": {"s": {**SITE, "annealing": "no"}}},
+        {"format": FORMAT, "budget": 0, "sites": {"s": {**SITE, "blocks": 3}}},
+        {
+            "format": FORMAT,
+            "budget": 0,
+            "sites": {"s": {**SITE, "blocks": [{**BLOCK, "rows": "0:3"}]}},
+        },
+        {
+            "format": FORMAT,
+            "budget": 0,
+            "sites": {"s": {**SITE, "blocks": [{**BLOCK, "columns": "3"}]}},
+        },
+    ],
+)
+def test_broken_metadata_is_bad_input_in_one_line(content: object) -> None:
+    with pytest.raises(ModelError, match="rewrite the model again") as caught:
+        read_decomposition(carrying(content), "file.onnx")
+    assert str(caught.value).startswith(
+        "file.onnx: the metadata 'onnx_decompose.decomposition'"
+    )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_newer_format_is_not_guessed_at() -> None:
+    newer = {"format": FORMAT + 1, "sites": "in some other way"}
+    with pytest.raises(ModelError, match="newer onnx-decompose; update this one"):
+        read_decomposition(carrying(newer), "m")
+
+
+def test_the_digest_is_of_values_not_of_layout() -> None:
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert digest(weight) == digest(np.asfortranarray(weight))
+    negative = weight.copy()
+    negative[0, 0] = -0.0
+    assert digest(negative) == digest(weight)
+    negative[0, 1] = 2
+    assert digest(negative) != digest(weight)

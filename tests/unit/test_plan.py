@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_decompose.analysis.structure import Edge
+from onnx_decompose.cost import CPU, CUDA, CostModel
+from onnx_decompose.plan import Branch, Emit, RegionPlan, StateGraph, layout_of, plan_region
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FREE = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15)
+"""A provider where nothing costs but the products: every component is worth a branch."""
+
+DEAR = dataclasses.replace(CPU, kernel=1.0)
+"""A provider where one more operator costs more than all products."""
+
+
+def graph_of(
+    sizes: tuple[int, ...],
+    *edges: tuple[int, int, NDArray[Any]],
+    entries: tuple[int, ...] = (0,),
+    exits: tuple[int, ...] = (),
+) -> StateGraph:
+    return StateGraph(
+        axis_sizes=sizes,
+        edges=tuple(Edge(source, target, mask.astype(bool)) for source, target, mask in edges),
+        elementwise=(1,),
+        entries=entries,
+        exits=exits or (len(sizes) - 1,),
+        itemsize=4,
+    )
+
+
+def blocks(
+    labels: NDArray[np.intp], others: NDArray[np.intp], isolated: int = -1
+) -> NDArray[np.bool_]:
+    mask: NDArray[np.bool_] = (labels[:, None] == others) & (labels[:, None] != isolated)
+    return mask
+
+
+def planted(
+    rng: np.random.Generator, count: int, *, shuffled: bool = True
+) -> tuple[StateGraph, list[NDArray[np.intp]]]:
+    """K -> hidden -> N with ``count`` blocks."""
+    labels = [np.arange(size * count) // size for size in (8, 16, 6)]
+    if shuffled:
+        labels = [rng.permutation(axis) for axis in labels]
+    first, second = blocks(labels[0], labels[1]), blocks(labels[1], labels[2])
+    sizes = tuple(axis.size for axis in labels)
+    return graph_of(sizes, (0, 1, first), (1, 2, second)), labels
+
+
+def check(graph: StateGraph, plan: RegionPlan) -> None:
+    """What makes a plan exact, whatever its branches are."""
+    for axis, size in enumerate(graph.axis_sizes):
+        units = [branch.units[axis] for branch in plan.branches]
+        assert all(part.size > 0 for part in units)
+        assert all((np.diff(part) > 0).all() for part in units)
+        owned = np.concatenate(units)
+        assert np.unique(owned).size == owned.size
+        if axis in graph.exits:
+            assert owned.size == size
+    for edge, mask in zip(graph.edges, plan.masks, strict=True):
+        inside = np.zeros_like(mask)
+        for branch in plan.branches:
+            inside[np.ix_(branch.units[edge.source], branch.units[edge.target])] = True
+        assert not (mask & ~inside).any()
+        assert not (mask & ~edge.mask).any()
+
+
+@pytest.mark.parametrize("emit", ["auto", "split"])
+def test_planted_components_become_the_branches(emit: Emit, rng: np.random.Generator) -> None:
+    graph, labels = planted(rng, 5)
+    plan = plan_region(graph, FREE, emit)
+    check(graph, plan)
+    assert (plan.decision, plan.components.count, len(plan.branches)) == ("split", 5, 5)
+    for branch in plan.branches:
+        assert (
+            len(
+                {
+                    int(axis[u])
+                    for axis, us in zip(labels, branch.units, strict=True)
+                    for u in us
+                }
+            )
+            == 1
+        )
+    assert plan.relative_cost < 1
+    assert plan.reason == (
+        "5 components over 150 nodes, the largest with 30 (20%), 0 isolated; "
+        f"5 branches, predicted to take {plan.relative_cost:.2f} of the time"
+    )
+
+
+def test_where_kernels_are_dear_components_are_merged(rng: np.random.Generator) -> None:
+    graph, _ = planted(rng, 6, shuffled=False)
+    costly = dataclasses.replace(FREE, kernel=2e-7)
+    plan = plan_region(graph, costly)
+    check(graph, plan)
+    assert 1 < len(plan.branches) < 6
+    assert len(plan_region(graph, costly, "split").branches) == 6
+
+
+def test_a_rewrite_that_would_be_slower_is_not_planned(rng: np.random.Generator) -> None:
+    graph, _ = planted(rng, 4)
+    plan = plan_region(graph, DEAR)
+    assert (plan.decision, plan.branches, plan.relative_cost) == ("dense", (), 1.0)
+    assert plan.reason.startswith(
+        "4 components over 120 nodes, the largest with 30 (25%), 0 iso"
+    )
+    assert "; the best rewrite is predicted to take " in plan.reason
+    assert plan_region(graph, DEAR, "split").decision == "split"
+
+
+def test_a_dense_region_names_its_giant_component() -> None:
+    graph = graph_of((4, 6, 2), (0, 1, np.ones((4, 6))), (1, 2, np.ones((6, 2))))
+    plan = plan_region(graph, FREE)
+    assert plan.decision == "dense"
+    assert plan.reason == (
+        "1 component over 12 nodes, the largest with 12 (100%), 0 isolated; nothing to take apart"
+    )
+
+
+def test_no_supported_entry() -> None:
+    plan = plan_region(graph_of((3, 2), (0, 1, np.zeros((3, 2)))), FREE)
+    assert plan.decision == "dense"
+    assert plan.reason == "no entry is supported: the region's outputs are constant"
+
+
+def test_dead_units_are_shrunk_away_in_cascade() -> None:
+    first, second = np.ones((6, 8), bool), np.ones((8, 4), bool)
+    first[4:] = False  # inputs 4 and 5 feed nothing
+    second[5:] = False  # hidden units 5 to 7 are read by nothing
+    graph = graph_of((6, 8, 4), (0, 1, first), (1, 2, second))
+    plan = plan_region(graph, FREE)
+    check(graph, plan)
+    assert plan.decision == "shrink"
+    assert [units.tolist() for units in plan.branches[0].units] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3],
+    ]
+    # What only leads to dead units is not in the annealed weight any more.
+    assert not plan.masks[0][:, 5:].any()
+
+
+def test_shrink_asks_for_one_branch(rng: np.random.Generator) -> None:
+    graph, _ = planted(rng, 3)
+    mask = graph.edges[0].mask.copy()
+    mask[0] = False
+    graph = dataclasses.replace(
+        graph, edges=(dataclasses.replace(graph.edges[0], mask=mask), graph.edges[1])
+    )
+    plan = plan_region(graph, DEAR, "shrink")
+    check(graph, plan)
+    assert plan.decision == "shrink"
+    assert plan.branches[0].units[0].size == graph.axis_sizes[0] - 1
+
+
+def test_a_unit_without_inputs_is_a_constant_that_some_branch_keeps() -> None:
+    # Hidden unit 4 reads nothing but output 3 reads it: its bias goes through its activation.
+    first = blocks(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1, 2]))
+    second = blocks(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 2]))
+    graph = graph_of((4, 5, 4), (0, 1, first), (1, 2, second))
+    plan = plan_region(graph, FREE, "split")
+    check(graph, plan)
+    assert plan.components.count == 3
+    assert [branch.units[1].tolist() for branch in plan.branches] == [[0, 1], [2, 3, 4]]
+    assert [branch.units[2].tolist() for branch in plan.branches] == [[0], [1, 2, 3]]
+
+
+def test_an_output_without_edges_is_still_made() -> None:
+    mask = blocks(np.array([0, 0, 1, 1]), np.array([-1, 0, -1, 1, 1, -1]))
+    plan = plan_region(graph_of((4, 6), (0, 1, mask)), FREE)
+    assert plan.components.isolated == 3
+    assert [branch.units[1].tolist() for branch in plan.branches] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_isolated_inputs_between_runs_are_kept_where_a_gather_is_dear() -> None:
+    labels = np.repeat([0, 1], 32)
+    with_gaps = labels.copy()
+    with_gaps[[5, 40]] = -1  # two inputs that nothing reads
+    graph = graph_of((64, 64), (0, 1, blocks(with_gaps, labels)))
+    gather_is_dear = dataclasses.replace(FREE, gather_rate=1e6)
+    plan = plan_region(graph, gather_is_dear)
+    check(graph, plan)
+    assert layout_of(plan.branches, 0, 64) == "whole"
+    gather_is_free = dataclasses.replace(FREE, gather_rate=1e18)
+    plan = plan_region(graph, gather_is_free)
+    check(graph, plan)
+    assert layout_of(plan.branches, 0, 64) == "scattered"
+
+
+def test_an_axis_without_edges_is_carried_along() -> None:
+    # Axis 1 has a site that nothing supports: the exit that reads it is constant.
+    graph = graph_of(
+        (4, 3, 4),
+        (0, 1, np.zeros((4, 3))),
+        (0, 2, np.eye(4)),
+        exits=(1, 2),
+    )
+    plan = plan_region(graph, FREE, "split")
+    assert plan.decision == "dense"
+    assert plan.reason.endswith("3 isolated; not two of them have units on every axis")
+    # With an input that nothing reads there is something to drop; the axis keeps its units.
+    mask = np.eye(4)
+    mask[1, 1] = 0
+    graph = graph_of(
+        (4, 3, 4), (0, 1, np.zeros((4, 3))), (0, 2, mask), entries=(0,), exits=(1, 2)
+    )
+    plan = plan_region(graph, FREE, "split")
+    check(graph, plan)
+    assert [units.tolist() for units in plan.branches[0].units] == [
+        [0, 2, 3],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+    ]
+
+
+def test_thousands_of_components_are_planned_quickly(rng: np.random.Generator) -> None:
+    mask = np.eye(3000, dtype=bool)[rng.permutation(3000)]
+    graph = graph_of((3000, 3000), (0, 1, mask))
+    start = time.perf_counter()
+    plan = plan_region(graph, CPU)
+    assert time.perf_counter() - start < 20
+    assert plan.components.count == 3000
+    check(graph, plan)
+    assert 1 < len(plan.branches) <= 64
+    assert len(plan_region(graph, CPU, "split").branches) == 3000
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "layout"),
+    [
+        ([[0, 1], [2, 3]], 4, "whole"),
+        ([[0, 1, 2, 3]], 4, "whole"),
+        ([[0, 1]], 4, "runs"),
+        ([[2, 3], [0, 1]], 4, "whole"),
+        ([[0, 1], [3]], 4, "runs"),
+        ([[0, 2], [1, 3]], 4, "scattered"),
+        ([[0, 1, 3]], 4, "scattered"),
+    ],
+)
+def test_layouts(parts: list[list[int]], size: int, layout: str) -> None:
+    branches = tuple(Branch((np.array(part),)) for part in parts)
+    assert layout_of(branches, 0, size) == layout
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> StateGraph:
+    """Random chains with a residual and a gate, at random densities."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    sizes = tuple(draw(st.lists(st.integers(1, 9), min_size=2, max_size=4)))
+    ends = [(axis, axis + 1) for axis in range(len(sizes) - 1)]
+    ends += draw(st.lists(st.tuples(*[st.integers(0, len(sizes) - 1)] * 2), max_size=2))
+    density = draw(st.sampled_from([0.05, 0.2, 0.5, 1.0]))
+    edges = [(a, b, rng.random((sizes[a], sizes[b])) < density) for a, b in ends]
+    exits = tuple(sorted({len(sizes) - 1, *draw(st.sets(st.integers(1, len(sizes) - 1)))}))
+    entries = tuple(sorted({0, *draw(st.sets(st.integers(0, len(sizes) - 1)))}))
+    return graph_of(sizes, *edges, entries=entries, exits=exits)
+
+
+@settings(max_examples=60)
+@given(
+    graphs(), st.sampled_from(["auto", "split", "shrink"]), st.sampled_from([FREE, CPU, CUDA])
+)
+def test_every_plan_is_exact(graph: StateGraph, emit: Emit, cost: CostModel) -> None:
+    plan = plan_region(graph, cost, emit)
+    assert plan.reason
+    if plan.decision == "dense":
+        assert plan.branches == ()
+    else:
+        check(graph, plan)
+        assert (plan.decision == "shrink") == (len(plan.branches) == 1)

@@ -1,0 +1,408 @@
+"""The two claims on models small enough to work out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from onnx_decompose.errors import DataError, ModelError
+from onnx_decompose.metadata import (
+    Annealing,
+    Block,
+    Decomposition,
+    SiteBlocks,
+    digest,
+    read_decomposition,
+    write_decomposition,
+)
+from onnx_decompose.metrics import Metric
+from onnx_decompose.model_io import Model
+from onnx_decompose.samples import samples_from_arrays
+from onnx_decompose.sessions import Provider
+from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.verify import (
+    AnnealingClaim,
+    Inputs,
+    StructuralClaim,
+    Tolerance,
+    Validation,
+    measure_annealing,
+    prove_structure,
+    structural_claim,
+    validate_models,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WEIGHT = np.array(
+    [[1, 2, 0, 0], [3, 4, 0, 0], [0, 0, 5, 6], [0, 0, 7, 8], [0, 0, 9, 10]], np.float32
+)
+FIRST, SECOND = (np.arange(2), np.arange(2)), (np.arange(2, 5), np.arange(2, 4))
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    weights: dict[str, np.ndarray[Any, Any]],
+    dtype: type = np.float32,
+) -> Model:
+    """(n, 5) -> (n, 4)."""
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", element, ["n", 5])],
+        [helper.make_tensor_value_info("y", element, ["n", 4])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return Model(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+
+
+def original(weight: np.ndarray[Any, Any] = WEIGHT, other: float = 1.0) -> Model:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "product"),
+        helper.make_node("Mul", ["h", "other"], ["y"], "scaled"),
+    ]
+    return model(nodes, {"w": weight, "other": np.array(other, np.float32)})
+
+
+def rewritten(
+    blocks: tuple[np.ndarray[Any, Any], ...] = (WEIGHT[:2, :2], WEIGHT[2:, 2:]),
+    *,
+    annealed: np.ndarray[Any, Any] = WEIGHT,
+    annealing: Annealing = "exact",
+    other: float = 1.0,
+    units: tuple[Any, ...] = (FIRST, SECOND),
+) -> Model:
+    nodes = [
+        helper.make_node("Split", ["x", "sizes"], ["x0", "x1"], "cut", axis=-1),
+        helper.make_node("MatMul", ["x0", "w.0"], ["h0"], "product.0"),
+        helper.make_node("MatMul", ["x1", "w.1"], ["h1"], "product.1"),
+        helper.make_node("Concat", ["h0", "h1"], ["h"], "joined", axis=-1),
+        helper.make_node("Mul", ["h", "other"], ["y"], "scaled"),
+    ]
+    made = model(
+        nodes,
+        {
+            "sizes": np.array([2, 3], np.int64),
+            "w.0": blocks[0],
+            "w.1": blocks[1],
+            "other": np.array(other, np.float32),
+        },
+    )
+    site = SiteBlocks(
+        "product",
+        (5, 4),
+        annealing,
+        digest(annealed),
+        tuple(Block(r, c, f"w.{n}", False) for n, (r, c) in enumerate(units)),
+    )
+    write_decomposition(made.proto, Decomposition(0.01, {"product": site}), "0")
+    return made
+
+
+def prove(before: Model, after: Model) -> str | None:
+    decomposition = read_decomposition(after.proto, "after")
+    assert decomposition is not None
+    return prove_structure(before, after, decomposition)[0]
+
+
+def claim(before: Model, after: Model, **options: Any) -> StructuralClaim:
+    return structural_claim(
+        before, after, inputs=Inputs(seeds=1), provider=Provider.CPU, **options
+    )
+
+
+def measure(before: Model, after: Model, budget: float, inputs: Inputs | None = None) -> Any:
+    inputs = inputs or Inputs(seeds=1)
+    return measure_annealing(before, after, inputs=inputs, provider=Provider.CPU, budget=budget)
+
+
+class TestProof:
+    def test_blocks_that_make_the_weight(self) -> None:
+        before, after = original(), rewritten()
+        decomposition = read_decomposition(after.proto, "after")
+        assert decomposition is not None
+        fault, weights = prove_structure(before, after, decomposition)
+        assert fault is None
+        (weight,) = weights.values()
+        np.testing.assert_array_equal(weight, WEIGHT)
+
+    @pytest.mark.parametrize("change", [0.01, 1e-6, -1.0])
+    def test_a_changed_entry_fails_the_digest(self, change: float) -> None:
+        block = WEIGHT[2:, 2:].copy()
+        block[1, 1] += np.float32(change)
+        fault = prove(original(), rewritten((WEIGHT[:2, :2], block)))
+        assert fault is not None
+        assert "site 'product'" in fault
+
+    def test_a_changed_entry_with_its_own_digest_is_not_the_original_s(self) -> None:
+        """Whoever tampers with the weight can also make the digest fit."""
+        weight = WEIGHT.copy()
+        weight[3, 3] += np.float32(0.01)
+        after = rewritten((WEIGHT[:2, :2], weight[2:, 2:]), annealed=weight)
+        assert prove(original(), after) == (
+            "site 'product': entry (3, 3) is neither the original's nor zero"
+        )
+
+    def test_removed_entries_are_allowed_where_entries_were_removed(self) -> None:
+        weight = WEIGHT.copy()
+        weight[3, 3] = 0
+        blocks = (weight[:2, :2], weight[2:, 2:])
+        assert prove(original(), rewritten(blocks, annealed=weight, annealing="masked")) is None
+
+    def test_removed_entries_are_not_exact(self) -> None:
+        """The metadata says that only exact zeros were removed, which is not so."""
+        weight = WEIGHT.copy()
+        weight[3, 3] = 0
+        blocks = (weight[:2, :2], weight[2:, 2:])
+        fault = prove(original(), rewritten(blocks, annealed=weight, annealing="exact"))
+        assert fault is not None
+        assert "(3, 3)" in fault
+
+    def test_a_negative_zero_is_a_zero(self) -> None:
+        weight = WEIGHT.copy()
+        weight[0, 3] = -0.0
+        assert prove(original(weight), rewritten()) is None
+
+    def test_a_missing_block(self) -> None:
+        after = rewritten()
+        del after.proto.graph.initializer[1]
+        assert "block 'w.0' is missing" in str(prove(original(), after))
+
+    def test_a_block_of_another_type(self) -> None:
+        after = rewritten((WEIGHT[:2, :2].astype(np.float64), WEIGHT[2:, 2:]))
+        assert "another shape or type" in str(prove(original(), after))
+
+    def test_a_block_of_another_shape(self) -> None:
+        after = rewritten((WEIGHT[:2, :3].copy(), WEIGHT[2:, 2:]))
+        assert "another shape or type" in str(prove(original(), after))
+
+    def test_units_that_overlap_hide_nothing(self) -> None:
+        """A second block over the first one's rows replaces its entries in the sum: not the weight."""
+        units = (FIRST, (np.array([0, 2, 3]), np.arange(2, 4)))
+        assert prove(original(), rewritten(units=units)) is not None
+
+    def test_a_tensor_that_was_not_rewritten(self) -> None:
+        fault = prove(original(), rewritten(other=1.0000001))
+        assert fault == "tensor 'other', which was not rewritten, is not the original's"
+
+    def test_another_original(self) -> None:
+        before = original()
+        before.proto.graph.node[0].name = "something else"
+        with pytest.raises(ModelError, match="has no site 'product' of shape"):
+            prove(before, rewritten())
+
+
+class TestClaimA:
+    def test_holds(self) -> None:
+        found = claim(original(), rewritten())
+        assert found
+        assert found.sites == 1
+        assert found.cases >= 4
+        assert found.error <= 1e-6
+        assert "rebuilt bit for bit" in found.reason
+
+    def test_a_fault_in_the_weights_is_found_without_running(self) -> None:
+        found = claim(original(), rewritten((WEIGHT[:2, :2] + 1, WEIGHT[2:, 2:])))
+        assert not found
+        assert found.cases == 0
+        assert math.isnan(found.error)
+
+    def test_weights_that_are_right_in_a_graph_that_is_not(self) -> None:
+        after = rewritten()
+        concat = after.proto.graph.node[3]
+        concat.input[:] = ["h1", "h0"]
+        found = claim(original(), after)
+        assert not found
+        assert "output 'y' deviates" in found.reason
+        assert found.cases > 0
+
+    def test_a_tolerance_of_the_user_s(self) -> None:
+        after = rewritten()
+        node = after.proto.graph.node[4]
+        node.op_type = "Add"
+        assert not claim(original(), after)
+        assert claim(original(), after, tolerance=Tolerance(rtol=1e9, atol=10.0))
+
+    def test_a_model_without_metadata(self) -> None:
+        with pytest.raises(ModelError, match="only claim B can be checked"):
+            claim(original(), original())
+
+    def test_another_shape_of_the_output_fails(self) -> None:
+        after = rewritten()
+        after.proto.graph.node[3].input[:] = ["h0"]
+        del after.proto.graph.output[0].type.tensor_type.shape.dim[:]
+        assert not claim(original(), after)
+
+
+class TestTolerance:
+    @pytest.mark.parametrize(
+        ("dtype", "rtol"), [(np.float64, 1e-10), (np.float32, 1e-4), (np.float16, 1e-2)]
+    )
+    def test_by_type(self, dtype: type, rtol: float) -> None:
+        assert Tolerance.for_dtype(np.dtype(dtype)) == Tolerance(rtol)
+
+    def test_integers_must_be_equal(self) -> None:
+        assert Tolerance.for_dtype(np.dtype(np.int64)) == Tolerance(0.0)
+
+
+class TestClaimB:
+    def test_error_by_hand(self) -> None:
+        """Every output is scaled by 1.001: a relative L2 error of 0.001."""
+        found = measure(original(), original(other=1.001), 0.01)
+        assert found.passed
+        assert found.error == pytest.approx(0.001, rel=1e-3)
+        assert found.measure == "relative L2 error"
+        assert found.outputs["y"].cosine == pytest.approx(1.0)
+        assert not measure(original(), original(other=1.001), 0.0009)
+
+    def test_the_budget_itself_is_inside(self) -> None:
+        error = measure(original(), original(other=1.5), 1.0).error
+        assert measure(original(), original(other=1.5), error)
+
+    def test_exact_only_allows_rounding_and_no_more(self) -> None:
+        assert measure(original(), rewritten(), 0.0)
+        assert not measure(original(), original(other=1.0001), 0.0)
+
+    def test_the_worst_output_counts(self) -> None:
+        models = [original(), original()]
+        for number, one in enumerate(models):
+            graph = one.proto.graph
+            graph.initializer.append(
+                numpy_helper.from_array(np.array(1.0 + number, np.float32), "factor")
+            )
+            graph.node.append(helper.make_node("Mul", ["h", "factor"], ["z"], "more"))
+            graph.output.append(helper.make_tensor_value_info("z", 1, ["n", 4]))
+        found = measure(models[0], models[1], 0.5)
+        assert found.error == pytest.approx(1.0)
+        assert found.outputs["y"].relative_l2 == 0.0
+        assert not found
+
+    def test_an_output_that_is_not_a_number_fails(self) -> None:
+        found = measure(original(), original(other=float("inf")), 1e6)
+        assert not found
+        assert found.error == math.inf
+
+    def test_real_data_alone_counts_where_there_is_any(self) -> None:
+        """Inputs that never reach the changed entries: no error on them, whatever random ones say."""
+        weight = WEIGHT.copy()
+        weight[4] = 0
+        x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+        x[:, 4] = 0
+        samples = samples_from_arrays({"x": x}, graph_inputs(original().proto), source="d.npz")
+        found = measure(original(), original(weight), 0.01, Inputs(samples, seeds=1))
+        assert found.error == 0.0
+        assert found.data == "d.npz (6 samples)"
+        assert measure(original(), original(weight), 0.01).error > 0.1
+
+    def test_large_and_tiny_inputs_are_not_typical(self) -> None:
+        cases = list(Inputs(seeds=2).cases(original()))
+        labels = [case.label for case in cases if not case.typical]
+        assert labels == ["zeros inputs", "large inputs", "tiny inputs"]
+        assert sum(case.typical for case in cases) == 6  # 2 draws at 3 batch sizes
+
+    def test_the_seed_decides_the_inputs(self) -> None:
+        def first(seed: int) -> Any:
+            return next(Inputs(seeds=1, seed=seed).cases(original())).feeds["x"]
+
+        np.testing.assert_array_equal(first(1), first(1))
+        assert not np.array_equal(first(1), first(2))
+
+
+class TestMetric:
+    @pytest.fixture
+    def inputs(self) -> Inputs:
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(300, 5)).astype(np.float32)
+        arrays = {"x": x, "target": x @ WEIGHT}
+        samples = samples_from_arrays(arrays, graph_inputs(original().proto))
+
+        def negative_error(inputs: Any, outputs: Any) -> float:
+            assert inputs["target"].shape == outputs["y"].shape == (300, 4)
+            return -float(np.abs(outputs["y"] - inputs["target"]).max())
+
+        return Inputs(samples, seeds=1, metric=Metric("m:negative_error", negative_error))
+
+    def test_the_drop_is_measured_over_all_samples_at_once(self, inputs: Inputs) -> None:
+        found = measure(original(), original(other=2.0), 0.5, inputs)
+        assert inputs.samples is not None
+        largest = float(np.abs(inputs.samples.extras["target"]).max())
+        assert found.error == pytest.approx(largest, rel=1e-4)
+        assert found.measure == "drop of the metric"
+        assert not found
+
+    def test_a_gain_is_no_error(self, inputs: Inputs) -> None:
+        found = measure(original(other=2.0), original(), 0.0, inputs)
+        assert found.error < 0
+        assert found
+
+    def test_a_metric_that_fails(self, inputs: Inputs) -> None:
+        def fails(*_: Any) -> float:
+            raise ZeroDivisionError("no rows")
+
+        broken = dataclasses.replace(inputs, metric=Metric("m:fails", fails))
+        with pytest.raises(DataError, match=r"m:fails.*ZeroDivisionError: no rows"):
+            measure(original(), original(), 0.5, broken)
+
+
+class TestValidation:
+    HOLDS = StructuralClaim(True, "fine", 1, 9, 0.0)
+    FAILS = StructuralClaim(False, "entry (0, 1)", 1, 0, math.nan)
+    SMALL = AnnealingClaim(True, 0.001, 0.01, "d.npz", "relative L2 error", {})
+    LARGE = AnnealingClaim(False, 0.5, 0.01, "d.npz", "relative L2 error", {})
+
+    def test_both_must_hold(self) -> None:
+        assert Validation(self.HOLDS, self.SMALL)
+        assert Validation(None, self.SMALL)
+        assert not Validation(self.FAILS, self.SMALL)
+        assert not Validation(self.HOLDS, self.LARGE)
+        assert not Validation(None, self.LARGE)
+
+    def test_the_failure_names_every_claim_that_does_not_hold(self) -> None:
+        assert Validation(self.HOLDS, self.SMALL).failure == ""
+        told = Validation(self.FAILS, self.LARGE).failure
+        assert told == (
+            "claim A does not hold: entry (0, 1); claim B does not hold: relative L2 error 0.5 "
+            "against a budget of 0.01 on d.npz"
+        )
+
+    def test_the_budget_is_the_one_it_was_accepted_with(self) -> None:
+        found = validate_models(
+            original(), rewritten(), inputs=Inputs(seeds=1), provider=Provider.CPU
+        )
+        assert found
+        assert found.annealing.budget == 0.01
+        stricter = validate_models(
+            original(),
+            rewritten(),
+            inputs=Inputs(seeds=1),
+            provider=Provider.CPU,
+            budget=1e-5,
+        )
+        assert stricter.annealing.budget == 1e-5
+
+    def test_without_metadata_claim_a_is_not_judged(self) -> None:
+        found = validate_models(
+            original(), original(other=1.001), inputs=Inputs(seeds=1), provider=Provider.CPU
+        )
+        assert found.structural is None
+        assert found
+
+    @pytest.mark.parametrize("what", ["input", "output"])
+    def test_models_with_another_interface_are_refused(self, what: str) -> None:
+        other = rewritten()
+        value = getattr(other.proto.graph, what)[0]
+        for node in other.proto.graph.node:
+            node.input[:] = ["renamed" if n == value.name else n for n in node.input]
+            node.output[:] = ["renamed" if n == value.name else n for n in node.output]
+        value.name = "renamed"
+        with pytest.raises(ModelError, match=f"its {what}s are not those of"):
+            validate_models(original(), other, inputs=Inputs(seeds=1), provider=Provider.CPU)

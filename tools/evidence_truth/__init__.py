@@ -1,0 +1,1 @@
+"""Which weights a training really touched, and what each evidence source says of them."""
