@@ -74,16 +74,11 @@ class Attempt:
                 after += sum(b.units[source].size * b.units[target].size for b in plan.branches)
         return after
 
-    def annealing(self, site: Site) -> Annealing:
-        """Whether only exact zeros of ``site`` count as unsupported."""
-        unsupported = ~self.selections[site.name].mask
-        return "masked" if (self.study.weight(site)[unsupported] != 0).any() else "exact"
-
     @property
     def is_exact(self) -> bool:
-        """Whether no rewritten site loses anything but exact zeros."""
-        return all(
-            self.annealing(site) == "exact"
+        """Whether no rewritten site has anything but exact zeros unsupported."""
+        return not any(
+            (self.study.weight(site)[~self.selections[site.name].mask] != 0).any()
             for region, _ in self.rewrites
             for site in region.sites
         )
@@ -152,7 +147,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         site.name: SiteBlocks(
             site=site.name,
             shape=site.shape,
-            annealing=tried.annealing(site),
+            annealing=_annealing(tried.study.weight(site), weights[site.name]),
             sha256=digest(weights[site.name]),
             blocks=rewriting.record[site.name],
         )
@@ -160,3 +155,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         for site in region.sites
     }
     return model, Decomposition(budget, sites)
+
+
+def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:
+    return "exact" if np.array_equal(before, after) else "masked"

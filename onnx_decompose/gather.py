@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import logging
 import tomllib
@@ -14,12 +15,18 @@ from onnx_decompose.priors import prior_for, read_records, read_second_moments, 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from onnx_decompose.analysis.record import InitRecord
     from onnx_decompose.model_io import Model
     from onnx_decompose.options import Options
     from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
+
+    FloatArray = NDArray[np.floating[Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -38,29 +45,56 @@ def gather_all(study: Study, options: Options, null: str | None = None) -> dict[
         OptionError: the null is not understood.
         InputError: a file it names cannot be read.
     """
-    asked = null or options.null
-    kind, _, file = asked.partition(":")
-    if kind in {"snapshot", "optimizer"} and not file:
-        raise OptionError(f"null {asked!r}: name the file, as in {kind}:FILE")
-    snapshot = read_snapshot(Path(file)) if kind == "snapshot" else None
-    moments = read_second_moments(Path(file)) if kind == "optimizer" else None
-    if kind in {"snapshot", "optimizer"}:
-        asked = kind
-    records = _records(study.model)
+    files = _Files()
+    asked = files.read(null or options.null)
     globs = {} if null or options.null_config is None else read_null_config(options.null_config)
+    configured = {pattern: files.read(spec) for pattern, spec in globs.items()}
+    records = _records(study.model)
     evidence: dict[str, Evidence] = {}
     for site in study.sites:
+        source = _configured(site, configured) or asked
         prior = prior_for(
             site.tensor,
             site.shape,
             site.transposed,
             records=records,
-            snapshot=snapshot,
-            second_moments=moments,
+            snapshot=source.snapshot,
+            second_moments=source.second_moments,
         )
-        spec = _configured(site, globs) or asked
-        evidence[site.name] = gather_evidence(study.weight(site), spec, prior)
+        evidence[site.name] = gather_evidence(study.weight(site), source.spec, prior)
     return evidence
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Source:
+    """A null as the analysis takes it, and the arrays of the file that it names."""
+
+    spec: str
+    snapshot: Mapping[str, FloatArray] | None = None
+    second_moments: Mapping[str, FloatArray] | None = None
+
+
+class _Files:
+    """Snapshot and optimizer files by the null that names them, each read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, _Source] = {}
+
+    def read(self, null: str) -> _Source:
+        """The null ``snapshot:FILE``, ``optimizer:FILE``, or one without a file."""
+        if null not in self._read:
+            self._read[null] = self._source(null)
+        return self._read[null]
+
+    def _source(self, null: str) -> _Source:
+        kind, _, file = null.partition(":")
+        if kind not in {"snapshot", "optimizer"}:
+            return _Source(null)
+        if not file:
+            raise OptionError(f"null {null!r}: name the file, as in {kind}:FILE")
+        if kind == "snapshot":
+            return _Source(kind, snapshot=read_snapshot(Path(file)))
+        return _Source(kind, second_moments=read_second_moments(Path(file)))
 
 
 def _records(model: Model) -> dict[str, InitRecord]:
@@ -93,9 +127,9 @@ def read_null_config(path: Path) -> dict[str, str]:
     return nulls
 
 
-def _configured(site: Site, globs: Mapping[str, str]) -> str | None:
+def _configured(site: Site, globs: Mapping[str, _Source]) -> _Source | None:
     """The null of the first glob that matches the site's tensor or node."""
-    for pattern, spec in globs.items():
+    for pattern, source in globs.items():
         if fnmatch.fnmatchcase(site.tensor, pattern) or fnmatch.fnmatchcase(site.name, pattern):
-            return spec
+            return source
     return None

@@ -66,6 +66,10 @@ class Options:
             raise OptionError(
                 f"budget {self.budget} is negative; give 0 for exact, or a small number"
             )
+        if self.provider not in get_args(ProviderChoice):
+            raise OptionError(
+                f"provider {self.provider!r} is unknown; choose {', '.join(get_args(ProviderChoice))}"
+            )
         if self.emit not in get_args(Emit):
             raise OptionError(
                 f"emit {self.emit!r} is unknown; choose {', '.join(get_args(Emit))}"

@@ -370,12 +370,24 @@ def _compare_weights(
 ) -> str | None:
     if digest(rebuilt) != blocks.sha256:
         return f"site '{blocks.site}': the weight rebuilt from its blocks is not the annealed weight"
-    if blocks.annealing != "refitted":
-        changed = (rebuilt != before) & (rebuilt != 0)
-        if changed.any():
-            row, column = (int(index) for index in np.argwhere(changed)[0])
-            return f"site '{blocks.site}': entry ({row}, {column}) is neither the original's nor zero"
+    if blocks.annealing == "refitted":
+        return None
+    foreign = (rebuilt != before) & (rebuilt != 0)
+    if foreign.any():
+        return f"site '{blocks.site}': entry {_first(foreign)} is neither the original's nor zero"
+    removed = rebuilt != before
+    if blocks.annealing == "exact" and removed.any():
+        return (
+            f"site '{blocks.site}': entry {_first(removed)} was removed, and the metadata says that only exact "
+            "zeros were"
+        )
     return None
+
+
+def _first(flags: NDArray[np.bool_]) -> tuple[int, int]:
+    """Row and column of the first True of ``flags``, (K, N)."""
+    row, column = np.argwhere(flags)[0].tolist()
+    return row, column
 
 
 def _deviation(
