@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from onnx_decompose.model_io import Model
     from onnx_decompose.plan import Emit
     from onnx_decompose.regions import Region
-    from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
 
 logger = logging.getLogger(__name__)

@@ -374,7 +374,9 @@ def _compare_weights(
         return None
     foreign = (rebuilt != before) & (rebuilt != 0)
     if foreign.any():
-        return f"site '{blocks.site}': entry {_first(foreign)} is neither the original's nor zero"
+        return (
+            f"site '{blocks.site}': entry {_first(foreign)} is neither the original's nor zero"
+        )
     removed = rebuilt != before
     if blocks.annealing == "exact" and removed.any():
         return (

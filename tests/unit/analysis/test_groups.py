@@ -14,7 +14,7 @@ from onnx_decompose.analysis.record import Prior
 @pytest.mark.parametrize("null", [Normal(0.5), Uniform(0.7)], ids=lambda n: n.name)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_line_p_values_are_uniform_or_larger(
-    null: Null, dtype: type[np.generic], rng: np.random.Generator
+    null: Null, dtype: type[np.float32 | np.float16], rng: np.random.Generator
 ) -> None:
     draw = (
         rng.normal(0, 0.5, (3000, 80))
