@@ -137,7 +137,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
     """The model with every planned region written as branches, and what its metadata will say."""
     weights = tried.annealed()
     rewriting = RewriteRegions(
-        plans=[(region, plan.branches) for region, plan in tried.rewrites],
+        plans=tried.rewrites,
         weight=lambda site: weights[site.name],
         shapes=tried.study.shapes,
     )

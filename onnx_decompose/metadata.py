@@ -1,7 +1,7 @@
 """What a rewritten model says about itself: enough to rebuild every dense weight from its blocks.
 
 Stored as model metadata: ``onnx_decompose.version`` and ``onnx_decompose.decomposition``, the latter JSON. Unit
-numbers are run-length text: ``0:64,70`` are the units 0 to 63 and 70.
+numbers are run-length text: ``0:64,70`` are the units 0 to 63 and 70, in that order.
 """
 
 from __future__ import annotations
@@ -46,19 +46,61 @@ Annealing = Literal["exact", "masked", "refitted"]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """One branch's part of a dense weight.
+    """A part of a dense weight, and where the rewritten model stores it.
 
     Attributes:
-        rows: input units, ascending.
-        columns: output units, ascending.
-        initializer: where the rewritten model stores the block.
-        transposed: the stored block is (columns, rows).
+        rows: input units of the part, each once.
+        columns: output units of the part, each once.
+        initializer: the tensor that stores it: a matrix, or a stack of matrices.
+        transposed: each stored matrix is (columns, rows).
+        part: which matrix of a stack; None where the tensor is one matrix.
+        stored_rows: row of the stored matrix, seen as (rows, columns), that holds each of ``rows``; None for all of
+            them in order. A row may stand for several units.
+        stored_columns: the same for the columns.
     """
 
     rows: IntArray
     columns: IntArray
     initializer: str
     transposed: bool
+    part: int | None = None
+    stored_rows: IntArray | None = None
+    stored_columns: IntArray | None = None
+
+    def view(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """The matrix of ``stored`` that holds this part, as (rows, columns).
+
+        Raises:
+            ValueError: ``stored`` has another number of axes, or the part does not lie inside it.
+        """
+        if stored.ndim != (2 if self.part is None else 3):
+            raise ValueError(f"'{self.initializer}' has {stored.ndim} axes")
+        if self.part is not None and not self.part < stored.shape[0]:
+            raise ValueError(f"'{self.initializer}' has no part {self.part}")
+        matrix = stored if self.part is None else stored[self.part]
+        matrix = matrix.T if self.transposed else matrix
+        for size, units, place in zip(
+            matrix.shape,
+            (self.rows, self.columns),
+            (self.stored_rows, self.stored_columns),
+            strict=True,
+        ):
+            if (units.size != size) if place is None else (place.max(initial=-1) >= size):
+                raise ValueError(f"'{self.initializer}' has another shape")
+        return matrix
+
+    @property
+    def places(self) -> tuple[IntArray, IntArray]:
+        """Rows and columns of :meth:`view` that hold ``rows`` and ``columns``."""
+        rows = np.arange(self.rows.size) if self.stored_rows is None else self.stored_rows
+        columns = (
+            np.arange(self.columns.size) if self.stored_columns is None else self.stored_columns
+        )
+        return rows, columns
+
+    def read(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """The part itself, (rows, columns), out of the stored tensor; raises as :meth:`view`."""
+        return self.view(stored)[np.ix_(*self.places)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +142,7 @@ def digest(weight: NDArray[Any]) -> str:
 
 
 def units_text(units: IntArray) -> str:
-    """Ascending unit numbers as run-length text."""
+    """Unit numbers as run-length text, in their order."""
     if units.size == 0:
         return ""
     breaks = np.flatnonzero(np.diff(units) != 1) + 1
@@ -108,19 +150,24 @@ def units_text(units: IntArray) -> str:
     return ",".join(str(run[0]) if run.size == 1 else f"{run[0]}:{run[-1] + 1}" for run in runs)
 
 
-def parse_units(text: str, size: int) -> IntArray:
-    """Inverse of :func:`units_text` on an axis of ``size`` units; raises ``ValueError`` on anything else."""
+def parse_units(text: str, size: int, *, repeated: bool = False) -> IntArray:
+    """Inverse of :func:`units_text` on an axis of ``size`` units.
+
+    Raises:
+        ValueError: not unit numbers under ``size``, or one comes twice and ``repeated`` is not set.
+    """
     runs: list[IntArray] = []
-    least = 0
     for part in text.split(",") if text else ():
         first, colon, last = part.partition(":")
         start = int(first)
         stop = int(last) if colon else start + 1
-        if not least <= start < stop <= size:
-            raise ValueError(f"not ascending unit numbers under {size}: {text[:40]}")
+        if not 0 <= start < stop <= size:
+            raise ValueError(f"not unit numbers under {size}: {text[:40]}")
         runs.append(np.arange(start, stop, dtype=np.intp))
-        least = stop
-    return np.concatenate(runs) if runs else np.empty(0, np.intp)
+    units = np.concatenate(runs) if runs else np.empty(0, np.intp)
+    if not repeated and np.unique(units).size != units.size:
+        raise ValueError(f"a unit comes twice: {text[:40]}")
+    return units
 
 
 def write_decomposition(
@@ -132,15 +179,7 @@ def write_decomposition(
             "shape": list(site.shape),
             "annealing": site.annealing,
             "sha256": site.sha256,
-            "blocks": [
-                {
-                    "rows": units_text(block.rows),
-                    "columns": units_text(block.columns),
-                    "initializer": block.initializer,
-                    "transposed": block.transposed,
-                }
-                for block in site.blocks
-            ],
+            "blocks": [_block_json(block) for block in site.blocks],
         }
         for site in decomposition.sites.values()
     }
@@ -176,18 +215,62 @@ def _site_blocks(name: str, fields: Mapping[str, Any]) -> SiteBlocks:
     inputs, outputs = (operator.index(size) for size in fields["shape"])
     if fields["annealing"] not in get_args(Annealing):
         raise ValueError(f"site '{name}': annealing {fields['annealing']!r}")
-    blocks = tuple(
-        Block(
-            parse_units(block["rows"], inputs),
-            parse_units(block["columns"], outputs),
-            str(block["initializer"]),
-            bool(block["transposed"]),
-        )
-        for block in fields["blocks"]
-    )
+    blocks = tuple(_block(block, inputs, outputs) for block in fields["blocks"])
     return SiteBlocks(
         name, (inputs, outputs), fields["annealing"], str(fields["sha256"]), blocks
     )
+
+
+def _block_json(block: Block) -> dict[str, Any]:
+    """Plain values; what is None is left out."""
+    optional = {
+        "part": block.part,
+        "stored_rows": None if block.stored_rows is None else units_text(block.stored_rows),
+        "stored_columns": (
+            None if block.stored_columns is None else units_text(block.stored_columns)
+        ),
+    }
+    return {
+        "rows": units_text(block.rows),
+        "columns": units_text(block.columns),
+        "initializer": block.initializer,
+        "transposed": block.transposed,
+        **{key: value for key, value in optional.items() if value is not None},
+    }
+
+
+def _block(fields: Mapping[str, Any], inputs: int, outputs: int) -> Block:
+    rows, columns = parse_units(fields["rows"], inputs), parse_units(fields["columns"], outputs)
+    part = fields.get("part")
+    return Block(
+        rows,
+        columns,
+        str(fields["initializer"]),
+        bool(fields["transposed"]),
+        None if part is None else _index(part),
+        _places(fields, "stored_rows", rows.size),
+        _places(fields, "stored_columns", columns.size),
+    )
+
+
+def _index(value: Any) -> int:
+    number = operator.index(value)
+    if number < 0:
+        raise ValueError(f"negative number {number}")
+    return number
+
+
+_LARGEST = np.iinfo(np.int32).max
+
+
+def _places(fields: Mapping[str, Any], key: str, count: int) -> IntArray | None:
+    """Where a stored matrix holds each of ``count`` units; its size is checked when it is read."""
+    if key not in fields:
+        return None
+    found = parse_units(fields[key], _LARGEST, repeated=True)
+    if found.size != count:
+        raise ValueError(f"{key} names {found.size} places for {count} units")
+    return found
 
 
 def _set(proto: onnx.ModelProto, key: str, value: str) -> None:

@@ -28,6 +28,7 @@ from onnx_decompose.tensors import graph_inputs, graph_outputs, is_float
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    import onnx
     from numpy.typing import NDArray
 
     from onnx_decompose.cases import Case
@@ -285,22 +286,10 @@ def prove_structure(
                 f"{list(blocks.shape)}; give the model that was rewritten"
             )
         before = site_weight(site, constants)
-        rebuilt = np.zeros(blocks.shape, before.dtype)
-        for block in blocks.blocks:
-            if block.initializer not in stored:
-                return f"site '{name}': block '{block.initializer}' is missing", weights
-            values = read_tensor(rewritten, stored[block.initializer])
-            values = values.T if block.transposed else values
-            if (
-                values.shape != (block.rows.size, block.columns.size)
-                or values.dtype != before.dtype
-            ):
-                return (
-                    f"site '{name}': block '{block.initializer}' has another shape or type",
-                    weights,
-                )
-            rebuilt[np.ix_(block.rows, block.columns)] = values
-        fault = fault or _compare_weights(blocks, before, rebuilt)
+        reason, rebuilt = _rebuild(rewritten, stored, blocks, before.dtype)
+        if rebuilt is None:
+            return f"site '{name}': {reason}", weights
+        fault = fault or reason or _compare_weights(blocks, before, rebuilt)
         weights[site] = rebuilt
     changed = _changed_tensor(original, rewritten)
     if fault is None and changed is not None:
@@ -363,6 +352,40 @@ def _measure_structural(
             worst = max(worst, error) if np.isfinite(error) else float("inf")
     reason = failure or f"outputs agree to {worst:.2g} of their size on {cases} sets of inputs"
     return StructuralClaim(failure is None, reason, 0, cases, worst)
+
+
+def _rebuild(
+    model: Model, stored: Mapping[str, onnx.TensorProto], site: SiteBlocks, dtype: np.dtype[Any]
+) -> tuple[str | None, NDArray[Any] | None]:
+    """The dense weight from its blocks, (K, N), and what is wrong with them; no weight where it cannot be made."""
+    rebuilt = np.zeros(site.shape, dtype)
+    covered = np.zeros(site.shape, bool)
+    named: dict[str, NDArray[np.bool_]] = {}
+    for block in site.blocks:
+        tensor = stored.get(block.initializer)
+        if tensor is None:
+            return f"block '{block.initializer}' is missing", None
+        values = read_tensor(model, tensor)
+        if values.dtype != dtype:
+            return f"block '{block.initializer}' has another type", None
+        units = np.ix_(block.rows, block.columns)
+        try:
+            rebuilt[units] = block.read(values)
+        except ValueError as error:
+            return f"block {error}", None
+        if covered[units].any():
+            return (
+                f"block '{block.initializer}' holds entries that another block holds too",
+                None,
+            )
+        covered[units] = True
+        used = named.setdefault(block.initializer, np.zeros(values.shape, bool))
+        block.view(used)[np.ix_(*block.places)] = True
+    for name, used in named.items():
+        # A stack of unequal blocks is padded; whatever stands in the padding takes part in the product.
+        if (read_tensor(model, stored[name])[~used] != 0).any():
+            return f"block '{name}' holds entries that are no part of the weight", rebuilt
+    return None, rebuilt
 
 
 def _compare_weights(

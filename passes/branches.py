@@ -7,11 +7,12 @@ Interior values never meet: one cut where a value comes in, one join where it go
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_decompose.metadata import Block
 from onnx_decompose.passes.splice import Placed
 from onnx_decompose.plan import layout_of
 from onnx_decompose.sites import attribute_values
@@ -24,13 +25,25 @@ if TYPE_CHECKING:
 
     from onnx_decompose.constants import Constants
     from onnx_decompose.passes.splice import Fresh
-    from onnx_decompose.plan import Branch
+    from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
 
     Value: TypeAlias = gs.Variable | gs.Constant
 
-__all__ = ["BranchEmitter", "TensorOps"]
+__all__ = ["BranchEmitter", "Emitter", "TensorOps"]
+
+
+class Emitter(Protocol):
+    """Writes one region in one way; its nodes go to a :class:`TensorOps`."""
+
+    def emit(self) -> dict[str, tuple[Block, ...]]:
+        """Write every node of the region, in order.
+
+        Returns:
+            Site name -> where the parts of its annealed weight are stored.
+        """
+        ...
 
 
 class TensorOps:
@@ -101,7 +114,7 @@ class BranchEmitter:
     Args:
         graph: the model's main graph.
         region: the region to write.
-        branches: the units of each branch.
+        plan: the units of each branch.
         weights: annealed weight of each site by name, (K, N).
         constants: the constants of the graph.
         ops: where the new nodes go.
@@ -111,23 +124,22 @@ class BranchEmitter:
         self,
         graph: onnx.GraphProto,
         region: Region,
-        branches: Sequence[Branch],
+        plan: RegionPlan,
         weights: Mapping[str, NDArray[Any]],
         constants: Constants,
         ops: TensorOps,
     ) -> None:
         self._graph = graph
         self._region = region
-        self._branches = tuple(branches)
+        self._branches = plan.branches
         self._weights = weights
         self._constants = constants
         self._ops = ops
         self._local: dict[str, list[Value]] = {}
-        self.blocks: dict[str, list[str]] = {}
-        """Site name -> name of the initializer that holds each branch's block."""
+        self._blocks: dict[str, tuple[Block, ...]] = {}
 
-    def emit(self) -> None:
-        """Write every node of the region, in order, once per branch."""
+    def emit(self) -> dict[str, tuple[Block, ...]]:
+        """Write every node of the region, in order, once per branch; see :class:`Emitter`."""
         sites = {site.node: site for site in self._region.sites}
         for index in self._region.nodes:
             node = self._graph.node[index]
@@ -140,6 +152,7 @@ class BranchEmitter:
                 self._elementwise(node, index)
             if node.output[0] in self._region.exits:
                 self._join(node.output[0], index)
+        return self._blocks
 
     def _units(self, name: str, branch: int) -> NDArray[np.intp]:
         return self._branches[branch].units[self._region.axis_of[name]]
@@ -214,7 +227,7 @@ class BranchEmitter:
     def _site(self, site: Site, node: onnx.NodeProto) -> None:
         weight = self._weights[site.name]
         flipped = bool(attribute_values(node).get("transB", 0))
-        self.blocks[site.name] = []
+        blocks: list[Block] = []
         sources = self._local[site.input]
         for number, output in enumerate(self._outputs(site.output)):
             rows, columns = self._units(site.input, number), self._units(site.output, number)
@@ -222,11 +235,12 @@ class BranchEmitter:
             tensor = self._ops.fresh.constant(
                 f"{site.tensor}.block{number}", block.T if flipped else block
             )
-            self.blocks[site.name].append(tensor.name)
+            blocks.append(Block(rows, columns, tensor.name, flipped))
             inputs = [sources[number], tensor]
             if len(node.input) > 2 and node.input[2]:
                 inputs.append(self._sliced_constant(node.input[2], site.output, number))
             self._copy(node, inputs, output, site.node, number)
+        self._blocks[site.name] = tuple(blocks)
 
     def _elementwise(self, node: onnx.NodeProto, index: int) -> None:
         for number, output in enumerate(self._outputs(node.output[0])):

@@ -7,21 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import PassError
-from onnx_decompose.metadata import Block
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.branches import BranchEmitter, TensorOps
 from onnx_decompose.passes.splice import Fresh, constant_nodes, splice
 from onnx_decompose.shapes import opset_of
-from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import onnx
     from numpy.typing import NDArray
 
-    from onnx_decompose.plan import Branch
+    from onnx_decompose.metadata import Block
+    from onnx_decompose.passes.branches import Emitter
+    from onnx_decompose.plan import Decision, RegionPlan
     from onnx_decompose.regions import Region
     from onnx_decompose.shapes import Dim
     from onnx_decompose.sites import Site
@@ -29,18 +28,25 @@ if TYPE_CHECKING:
 __all__ = ["RewriteRegions"]
 
 
+_EMITTERS: Mapping[Decision, Callable[..., Emitter]] = {
+    "shrink": BranchEmitter,
+    "split": BranchEmitter,
+}
+"""How each decision is written."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewriteRegions(GraphPass):
     """Write some regions as branches.
 
     Attributes:
-        plans: the regions and their branches; no two regions share a node.
+        plans: the regions and how each is written; no two regions share a node.
         weight: gives the annealed weight of a site, (K, N).
         shapes: what is known of the values' shapes.
         record: filled with how each site's weight is spread over blocks, name -> blocks in branch order.
     """
 
-    plans: Sequence[tuple[Region, tuple[Branch, ...]]]
+    plans: Sequence[tuple[Region, RegionPlan]]
     weight: Callable[[Site], NDArray[Any]]
     shapes: Mapping[str, tuple[Dim, ...]]
     record: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
@@ -66,14 +72,10 @@ class RewriteRegions(GraphPass):
         constants = Constants(model)
         ranks = {name: len(shape) for name, shape in self.shapes.items()}
         ops = TensorOps(opset_of(model.proto), ranks, Fresh(graph))
-        for region, branches in self.plans:
+        for region, plan in self.plans:
             weights = {site.name: self.weight(site) for site in region.sites}
-            emitter = BranchEmitter(graph, region, branches, weights, constants, ops)
-            emitter.emit()
-            for site in region.sites:
-                self.record[site.name] = _blocks(
-                    graph, region, site, branches, emitter.blocks[site.name]
-                )
+            emitter = _EMITTERS[plan.decision](graph, region, plan, weights, constants, ops)
+            self.record.update(emitter.emit())
         removed = [index for region, _ in self.plans for index in region.nodes]
         exits = {name for region, _ in self.plans for name in region.exits}
         proto = splice(model.proto, removed, ops.placed, unchanged=exits)
@@ -85,18 +87,3 @@ class RewriteRegions(GraphPass):
         fault = check_model(after)
         if fault is not None and check_model(before) is None:
             raise PassError(f"RewriteRegions: the rewritten model is not valid: {fault}")
-
-
-def _blocks(
-    graph: onnx.GraphProto,
-    region: Region,
-    site: Site,
-    branches: Sequence[Branch],
-    initializers: Sequence[str],
-) -> tuple[Block, ...]:
-    source, target = region.axis_of[site.input], region.axis_of[site.output]
-    flipped = bool(attribute_values(graph.node[site.node]).get("transB", 0))
-    return tuple(
-        Block(branch.units[source], branch.units[target], name, flipped)
-        for branch, name in zip(branches, initializers, strict=True)
-    )

@@ -127,7 +127,7 @@ def passes_for(
         for site, mask in zip(region.sites, plan.masks, strict=True)
     }
     rewriting = RewriteRegions(
-        plans=[(region, plan.branches) for region, plan in chosen],
+        plans=chosen,
         weight=weights.__getitem__,
         shapes=study.shapes,
     )
@@ -142,9 +142,7 @@ def check_record(result: Rewritten, weights: Mapping[Site, Array]) -> None:
         rebuilt = np.zeros_like(weight)
         for block in result.record[site.name]:
             values = read_tensor(model, stored[block.initializer])
-            rebuilt[np.ix_(block.rows, block.columns)] = (
-                values.T if block.transposed else values
-            )
+            rebuilt[np.ix_(block.rows, block.columns)] = block.read(values)
         np.testing.assert_array_equal(rebuilt, weight, strict=True)
     assert result.record.keys() == {site.name for site in weights}
 

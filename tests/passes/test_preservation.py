@@ -245,7 +245,7 @@ def test_regions_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
     study = study_model(Model(model(rng)))
     plans, _, rewriting = passes_for(study, "split")
     (region, plan) = plans[0]
-    twice = dataclasses.replace(rewriting, plans=[(region, plan.branches)] * 2)
+    twice = dataclasses.replace(rewriting, plans=[(region, plan)] * 2)
     with pytest.raises(PassError, match="two regions share a node"):
         twice(study.model)
     foreign = onnx.parser.parse_model(

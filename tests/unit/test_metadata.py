@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, get_args
 
@@ -89,11 +90,67 @@ def test_runs_are_written_as_runs() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["3,2", "2,2", "0:3,2", "-1", "3:3", "4:2", "x", "1:", ":2", ",", "0:5", "4", "0:9e9"],
+    ["2,2", "0:3,2", "-1", "3:3", "4:2", "x", "1:", ":2", ",", "0:5", "4", "0:9e9"],
 )
 def test_other_texts_are_no_units(text: str) -> None:
-    with pytest.raises(ValueError, match=r"ascending unit numbers under 4|invalid literal"):
+    with pytest.raises(ValueError, match=r"unit numbers under 4|invalid literal|comes twice"):
         parse_units(text, 4)
+
+
+def test_units_keep_their_order_and_come_twice_where_asked() -> None:
+    assert parse_units("3,0:2", 4).tolist() == [3, 0, 1]
+    assert parse_units("2,0:3,2", 4, repeated=True).tolist() == [2, 0, 1, 2, 2]
+    assert units_text(np.array([2, 0, 1, 2, 2])) == "2,0:3,2"
+
+
+def part_of(**fields: Any) -> Block:
+    units = np.arange(2)
+    return dataclasses.replace(Block(units, units, "w", False), **fields)
+
+
+class TestBlock:
+    STACK = np.arange(24).reshape(2, 3, 4)
+
+    def test_a_matrix(self) -> None:
+        np.testing.assert_array_equal(part_of().read(self.STACK[0, :2, :2]), [[0, 1], [4, 5]])
+
+    def test_a_padded_part_of_a_transposed_stack(self) -> None:
+        """Two of four stored rows, two of three stored columns."""
+        block = part_of(
+            part=1,
+            transposed=True,
+            stored_rows=np.array([3, 0]),
+            stored_columns=np.array([1, 2]),
+        )
+        np.testing.assert_array_equal(block.read(self.STACK), [[19, 23], [16, 20]])
+
+    def test_a_stored_column_may_stand_for_several_units(self) -> None:
+        block = part_of(stored_columns=np.array([1, 1]))
+        np.testing.assert_array_equal(block.read(self.STACK[0, :2]), [[1, 1], [5, 5]])
+
+    @pytest.mark.parametrize(
+        ("fields", "told"),
+        [
+            ({}, "3 axes"),
+            ({"part": 2, "stored_rows": np.arange(2)}, "no part 2"),
+            ({"part": 0}, "another shape"),
+            ({"part": 0, "stored_rows": np.array([0, 3])}, "another shape"),
+        ],
+    )
+    def test_parts_that_are_not_there(self, fields: dict[str, Any], told: str) -> None:
+        with pytest.raises(ValueError, match=f"'w' has {told}"):
+            part_of(**fields).read(self.STACK)
+
+    def test_round_trip(self) -> None:
+        block = part_of(part=3, stored_rows=np.array([5, 5]), stored_columns=np.array([7, 2]))
+        site = SiteBlocks("s", (2, 2), "exact", "0", (block, part_of()))
+        proto = onnx.ModelProto()
+        write_decomposition(proto, Decomposition(0.1, {"s": site}), "1")
+        found = read_decomposition(proto, "m")
+        assert found is not None
+        first, second = found.sites["s"].blocks
+        assert (first.part, second.part, second.stored_rows) == (3, None, None)
+        np.testing.assert_array_equal(first.places, block.places)
 
 
 def test_what_was_there_is_replaced_and_the_rest_kept() -> None:

@@ -179,16 +179,40 @@ class TestProof:
 
     def test_a_block_of_another_type(self) -> None:
         after = rewritten((WEIGHT[:2, :2].astype(np.float64), WEIGHT[2:, 2:]))
-        assert "another shape or type" in str(prove(original(), after))
+        assert "block 'w.0' has another type" in str(prove(original(), after))
 
     def test_a_block_of_another_shape(self) -> None:
         after = rewritten((WEIGHT[:2, :3].copy(), WEIGHT[2:, 2:]))
-        assert "another shape or type" in str(prove(original(), after))
+        assert "block 'w.0' has another shape" in str(prove(original(), after))
 
     def test_units_that_overlap_hide_nothing(self) -> None:
-        """A second block over the first one's rows replaces its entries in the sum: not the weight."""
-        units = (FIRST, (np.array([0, 2, 3]), np.arange(2, 4)))
-        assert prove(original(), rewritten(units=units)) is not None
+        units = (FIRST, (np.array([0, 2, 3]), np.array([1, 2])))
+        assert "holds entries that another block holds too" in str(
+            prove(original(), rewritten(units=units))
+        )
+
+    def test_padding_that_is_not_zero(self) -> None:
+        """A stack of unequal blocks is padded with zeros, and nothing else."""
+        stack = np.zeros((2, 3, 2), np.float32)
+        stack[0, :2], stack[1] = WEIGHT[:2, :2], WEIGHT[2:, 2:]
+        for padding, told in ((0.0, None), (0.5, "block 'w.0' holds entries that are no part")):
+            stack[0, 2, 1] = padding
+            after = rewritten()
+            decomposition = read_decomposition(after.proto, "after")
+            assert decomposition is not None
+            site = decomposition.sites["product"]
+            parts = tuple(
+                dataclasses.replace(
+                    block, initializer="w.0", part=n, stored_rows=np.arange(block.rows.size)
+                )
+                for n, block in enumerate(site.blocks)
+            )
+            next(t for t in after.proto.graph.initializer if t.name == "w.0").CopyFrom(
+                numpy_helper.from_array(stack, "w.0")
+            )
+            stacked = {"product": dataclasses.replace(site, blocks=parts)}
+            fault = prove_structure(original(), after, Decomposition(0.01, stacked))[0]
+            assert (fault is None) if told is None else (told in str(fault))
 
     def test_a_tensor_that_was_not_rewritten(self) -> None:
         fault = prove(original(), rewritten(other=1.0000001))
