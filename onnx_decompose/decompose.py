@@ -13,6 +13,7 @@ from onnx_decompose.metadata import Decomposition, SiteBlocks, digest
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.plan import RegionPlan, plan_region
+from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.criteria import Criterion, Selection
     from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.cost import CostModel
-    from onnx_decompose.metadata import Annealing
+    from onnx_decompose.metadata import Block
     from onnx_decompose.model_io import Model
     from onnx_decompose.plan import Emit
     from onnx_decompose.regions import Region
+    from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
 
 logger = logging.getLogger(__name__)
@@ -136,25 +138,33 @@ def annealed_model(tried: Attempt) -> Model:
 def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
     """The model with every planned region written as branches, and what its metadata will say."""
     weights = tried.annealed()
+    numbering = choose_numbering(tried.study.spaces, tried.rewrites)
     rewriting = RewriteRegions(
-        plans=tried.rewrites,
+        plans=[(region, numbering.plan(region, plan)) for region, plan in tried.rewrites],
         weight=lambda site: weights[site.name],
         shapes=tried.study.shapes,
+        orders=numbering.orders,
     )
     model = rewriting(tried.study.model).model
     sites = {
-        site.name: SiteBlocks(
-            site=site.name,
-            shape=site.shape,
-            annealing=_annealing(tried.study.weight(site), weights[site.name]),
-            sha256=digest(weights[site.name]),
-            blocks=rewriting.record[site.name],
-        )
-        for region, _ in tried.rewrites
-        for site in region.sites
+        site.name: _site_blocks(site, tried.study.weight(site), weights, rewriting.record)
+        for site in tried.study.sites
+        if site.name in rewriting.record
     }
-    return model, Decomposition(budget, sites)
+    return model, Decomposition(budget, sites, rewriting.reordered)
 
 
-def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:
-    return "exact" if np.array_equal(before, after) else "masked"
+def _site_blocks(
+    site: Site,
+    before: NDArray[Any],
+    annealed: Mapping[str, NDArray[Any]],
+    record: Mapping[str, tuple[Block, ...]],
+) -> SiteBlocks:
+    after = annealed.get(site.name, before)
+    return SiteBlocks(
+        site=site.name,
+        shape=site.shape,
+        annealing="exact" if np.array_equal(before, after) else "masked",
+        sha256=digest(after),
+        blocks=record[site.name],
+    )

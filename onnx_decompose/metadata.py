@@ -28,6 +28,7 @@ __all__ = [
     "Annealing",
     "Block",
     "Decomposition",
+    "Reordered",
     "SiteBlocks",
     "digest",
     "parse_units",
@@ -123,16 +124,43 @@ class SiteBlocks:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Reordered:
+    """A constant that is stored with its units in another order.
+
+    Attributes:
+        source: the value in the original model.
+        axes: negative axis -> old number of the unit at each place.
+    """
+
+    source: str
+    axes: Mapping[int, IntArray]
+
+    def apply(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The constant as it is stored.
+
+        Raises:
+            ValueError: an axis is not there, or of another size.
+        """
+        for axis, order in self.axes.items():
+            if not -values.ndim <= axis < 0 or values.shape[axis] != order.size:
+                raise ValueError(f"'{self.source}' has no axis {axis} of size {order.size}")
+            values = np.take(values, order, axis=axis)
+        return values
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Decomposition:
     """All that the metadata holds.
 
     Attributes:
         budget: bound of claim B that the model was accepted with.
-        sites: every rewritten site by name.
+        sites: every site by name whose weight is stored otherwise than in the original.
+        reordered: initializer name -> the constant whose units it holds in another order.
     """
 
     budget: float
     sites: Mapping[str, SiteBlocks]
+    reordered: Mapping[str, Reordered] = dataclasses.field(default_factory=dict)
 
 
 def digest(weight: NDArray[Any]) -> str:
@@ -183,7 +211,19 @@ def write_decomposition(
         }
         for site in decomposition.sites.values()
     }
-    content = {"format": FORMAT, "budget": decomposition.budget, "sites": sites}
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "budget": decomposition.budget,
+        "sites": sites,
+    }
+    if decomposition.reordered:
+        content["reordered"] = {
+            name: {
+                "source": constant.source,
+                "axes": {str(axis): units_text(order) for axis, order in constant.axes.items()},
+            }
+            for name, constant in decomposition.reordered.items()
+        }
     for key, value in ((VERSION_KEY, version), (DECOMPOSITION_KEY, json.dumps(content))):
         _set(proto, key, value)
 
@@ -204,7 +244,10 @@ def read_decomposition(proto: onnx.ModelProto, label: str) -> Decomposition | No
                 f"{label}: was rewritten by a newer onnx-decompose; update this one to validate it"
             )
         sites = {name: _site_blocks(name, fields) for name, fields in content["sites"].items()}
-        return Decomposition(float(content["budget"]), sites)
+        reordered = {
+            name: _reordered(fields) for name, fields in content.get("reordered", {}).items()
+        }
+        return Decomposition(float(content["budget"]), sites, reordered)
     except (ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
         raise ModelError(
             f"{label}: the metadata '{DECOMPOSITION_KEY}' is broken ({error!r}); rewrite the model again"
@@ -251,6 +294,14 @@ def _block(fields: Mapping[str, Any], inputs: int, outputs: int) -> Block:
         _places(fields, "stored_rows", rows.size),
         _places(fields, "stored_columns", columns.size),
     )
+
+
+def _reordered(fields: Mapping[str, Any]) -> Reordered:
+    axes = {int(axis): parse_units(text, _LARGEST) for axis, text in fields["axes"].items()}
+    for order in axes.values():
+        if not np.array_equal(np.sort(order), np.arange(order.size)):
+            raise ValueError(f"'{fields['source']}': an order of units that leaves some out")
+    return Reordered(str(fields["source"]), axes)
 
 
 def _index(value: Any) -> int:

@@ -21,7 +21,7 @@ from onnx_decompose.analysis.structure import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -52,6 +52,7 @@ class StateGraph:
         entries: axis of each value that comes in.
         exits: axis of each value that goes out.
         itemsize: bytes per element.
+        free: axes of the border whose units may be renumbered outside, so that branches find theirs side by side.
     """
 
     axis_sizes: tuple[int, ...]
@@ -60,11 +61,12 @@ class StateGraph:
     entries: tuple[int, ...]
     exits: tuple[int, ...]
     itemsize: int
+    free: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Branch:
-    """The units that one branch computes: per axis, ascending unit numbers, never empty."""
+    """The units that one branch computes: per axis, unit numbers in the order of their places, never empty."""
 
     units: tuple[IntArray, ...]
 
@@ -80,6 +82,7 @@ class RegionPlan:
         masks: per edge, the supported entries that lead to an exit, (K, N).
         branches: none where the decision is ``dense``.
         relative_cost: predicted cost over dense, geometric mean over batches.
+        places: axis -> where each unit stands in the values of that axis outside, where they were renumbered.
     """
 
     decision: Decision
@@ -88,6 +91,13 @@ class RegionPlan:
     masks: tuple[NDArray[np.bool_], ...]
     branches: tuple[Branch, ...] = ()
     relative_cost: float = 1.0
+    places: Mapping[int, IntArray] = dataclasses.field(default_factory=dict)
+
+    def positions(self, axis: int) -> list[IntArray]:
+        """Where each branch's units stand in a value of the border, ascending."""
+        place = self.places.get(axis)
+        units = [branch.units[axis] for branch in self.branches]
+        return units if place is None else [place[part] for part in units]
 
 
 Layout = Literal["whole", "runs", "scattered"]
@@ -148,12 +158,11 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
     return RegionPlan(decision, reason, components, masks, best, relative)
 
 
-def layout_of(branches: tuple[Branch, ...], axis: int, size: int) -> Layout:
-    """How the units of ``axis`` lie."""
-    runs = [branch.units[axis] for branch in branches]
-    if any(run[-1] - run[0] + 1 != run.size for run in runs):
+def layout_of(positions: Sequence[IntArray], size: int) -> Layout:
+    """How the branches' units, at ascending ``positions`` of an axis of ``size``, lie."""
+    if any(run[-1] - run[0] + 1 != run.size for run in positions):
         return "scattered"
-    return "whole" if sum(run.size for run in runs) == size else "runs"
+    return "whole" if sum(run.size for run in positions) == size else "runs"
 
 
 def _everything(graph: StateGraph) -> Branch:
@@ -267,8 +276,13 @@ def _border_seconds(
     graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
 ) -> float:
     """Seconds to cut one value into branches, or to put it together again."""
-    layout = layout_of(branches, axis, graph.axis_sizes[axis])
-    kept = sum(branch.units[axis].size for branch in branches)
+    units = [branch.units[axis] for branch in branches]
+    kept = sum(part.size for part in units)
+    layout: Layout = "runs"
+    if axis not in graph.free:
+        layout = layout_of(units, graph.axis_sizes[axis])
+    elif kept == graph.axis_sizes[axis]:
+        layout = "whole"
     if layout == "scattered":
         gathers = len(branches) * cost.kernel - cost.kernel
         return gathers + cost.gather(rows, kept, graph.itemsize)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from onnx_decompose.disjoint_sets import DisjointSets
 from onnx_decompose.sites import Site, attribute_values
 
 if TYPE_CHECKING:
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
     from onnx_decompose.constants import Constants
     from onnx_decompose.shapes import Dim
 
-__all__ = ["Region", "find_regions", "single_site_regions"]
+__all__ = ["Region", "elementwise_values", "find_regions", "reads", "single_site_regions"]
 
 _ELEMENTWISE = {
     *("Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Round"),
-    *("Sign", "Sin", "Sqrt", "Cast", "Clip", "Identity"),
+    *("Sign", "Sin", "Sqrt", "Cast", "Clip", "Dropout", "Identity"),
     *("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum"),
     *("Celu", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu"),
     *("Relu", "Selu", "Shrink", "Sigmoid", "Softplus", "Softsign", "Swish", "Tanh"),
@@ -65,23 +66,6 @@ class Region:
         return {self.axis_of[name] for name in self.exits}
 
 
-class _DisjointSets:
-    """Union-find over names (Tarjan 1975, with path halving)."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def find(self, name: str) -> str:
-        parent = self._parent.setdefault(name, name)
-        while parent != name:
-            self._parent[name] = grandparent = self._parent[parent]
-            name, parent = grandparent, self._parent[grandparent]
-        return name
-
-    def join(self, first: str, second: str) -> None:
-        self._parent[self.find(first)] = self.find(second)
-
-
 def find_regions(
     graph: onnx.GraphProto,
     sites: Sequence[Site],
@@ -97,14 +81,14 @@ def find_regions(
         shapes: what ``shapes.infer_shapes`` found.
     """
     site_at = {site.node: site for site in sites}
-    elementwise = _elementwise_nodes(graph, sites, constants, shapes)
+    elementwise = elementwise_values(graph, sites, constants, shapes)
     members = _trimmed(graph, site_at, elementwise, constants)
-    axes = _DisjointSets()
+    axes = DisjointSets()
     for index in members - site_at.keys():
         first, *others = elementwise[index]
         for other in others:
             axes.join(first, other)
-    parts = _DisjointSets()
+    parts = DisjointSets()
     for site in sites:
         parts.join(axes.find(site.input), axes.find(site.output))
     grouped: dict[str, list[int]] = {}
@@ -125,12 +109,12 @@ def single_site_regions(
 ) -> tuple[Region, ...]:
     """Each site as a region of its own, with its bias; arguments as of :func:`find_regions`."""
     site_at = {site.node: site for site in sites}
-    elementwise = _elementwise_nodes(graph, sites, constants, shapes)
+    elementwise = elementwise_values(graph, sites, constants, shapes)
     readers = _readers(graph)
     regions: list[Region] = []
     for site in sites:
         nodes = [site.node]
-        axes = _DisjointSets()
+        axes = DisjointSets()
         for index in readers.get(site.output, ()):
             if index in elementwise and _adds_constant(graph.node[index], constants):
                 nodes.append(index)
@@ -139,7 +123,7 @@ def single_site_regions(
     return tuple(regions)
 
 
-def _elementwise_nodes(
+def elementwise_values(
     graph: onnx.GraphProto,
     sites: Sequence[Site],
     constants: Constants,
@@ -186,6 +170,8 @@ def _is_elementwise(node: onnx.NodeProto) -> bool:
         node.op_type in _ELEMENTWISE
         and node.domain in {"", "ai.onnx"}
         and len(node.output) == 1
+        # Dropout does nothing, unless it is told that this is training.
+        and not (node.op_type == "Dropout" and len(node.input) > 2)
         # Operator sets under 7 had broadcasting rules of their own.
         and not {"axis", "broadcast"}.intersection(attribute_values(node))
     )
@@ -264,20 +250,20 @@ def _readers(graph: onnx.GraphProto) -> dict[str, set[int]]:
     """Value name -> indices of the nodes that read it; the graph's own outputs count as node -1."""
     readers: dict[str, set[int]] = {}
     for index, node in enumerate(graph.node):
-        for name in _reads(node):
+        for name in reads(node):
             readers.setdefault(name, set()).add(index)
     for value in graph.output:
         readers.setdefault(value.name, set()).add(-1)
     return readers
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
+def reads(node: onnx.NodeProto) -> Iterator[str]:
     """The values that ``node`` reads, those that its subgraphs capture included."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
-                yield from _reads(inner)
+                yield from reads(inner)
             for value in graph.output:
                 yield value.name
 
@@ -287,7 +273,7 @@ def _region(
     nodes: Sequence[int],
     site_at: Mapping[int, Site],
     elementwise: Mapping[int, tuple[str, ...]],
-    axes: _DisjointSets,
+    axes: DisjointSets,
     readers: Mapping[str, set[int]],
 ) -> Region:
     sites = tuple(site_at[index] for index in nodes if index in site_at)

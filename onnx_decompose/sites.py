@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from onnx_decompose.constants import Constants
     from onnx_decompose.model_io import Model
 
-__all__ = ["Refusal", "Site", "attribute_values", "check_finite", "find_sites", "site_weight"]
+__all__ = [
+    "Refusal",
+    "Site",
+    "attribute_values",
+    "check_finite",
+    "find_sites",
+    "node_names",
+    "site_weight",
+]
 
 _FLOATS = {
     onnx.TensorProto.FLOAT,
@@ -78,7 +86,7 @@ def find_sites(
     """All sites of the main graph, in graph order, and the nodes refused."""
     sites: list[Site] = []
     refusals: list[Refusal] = []
-    names = _node_names(model.proto.graph)
+    names = node_names(model.proto.graph)
     for index, node in enumerate(model.proto.graph.node):
         if node.domain not in {"", "ai.onnx"} or node.op_type not in {"MatMul", "Gemm"}:
             continue
@@ -130,7 +138,7 @@ def attribute_values(node: onnx.NodeProto) -> Mapping[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
-def _node_names(graph: onnx.GraphProto) -> list[str]:
+def node_names(graph: onnx.GraphProto) -> list[str]:
     """A name for each node, unique in the graph: its own, or else that of its first output."""
     count = collections.Counter(node.name for node in graph.node)
     maker = {node.output[0]: index for index, node in enumerate(graph.node) if node.output}

@@ -11,6 +11,7 @@ from onnx_decompose.plan import StateGraph
 from onnx_decompose.regions import Region, find_regions, single_site_regions
 from onnx_decompose.shapes import Dim, infer_shapes, opset_of
 from onnx_decompose.sites import Refusal, Site, check_finite, find_sites, site_weight
+from onnx_decompose.unit_spaces import UnitSpace, find_unit_spaces
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,7 @@ class Study:
         refused: nodes that look like sites and are left alone.
         regions: the maximal regions; every site is in exactly one.
         alone: by site name, the site as a region of its own.
+        spaces: the unit spaces that may be renumbered.
     """
 
     model: Model
@@ -45,6 +47,7 @@ class Study:
     refused: tuple[Refusal, ...]
     regions: tuple[Region, ...]
     alone: Mapping[str, Region]
+    spaces: tuple[UnitSpace, ...]
 
     def weight(self, site: Site) -> NDArray[Any]:
         """The weight of a site, (K, N)."""
@@ -82,7 +85,10 @@ def study_model(model: Model) -> Study:
         for region in single_site_regions(model.proto.graph, sites, constants, shapes)
         if _refuse(model, region, shapes) is None
     }
-    return Study(model, constants, shapes, sites, tuple(refusals), tuple(regions), alone)
+    spaces = find_unit_spaces(model.proto.graph, sites, constants, shapes)
+    return Study(
+        model, constants, shapes, sites, tuple(refusals), tuple(regions), alone, spaces
+    )
 
 
 def _refuse(model: Model, region: Region, shapes: Mapping[str, tuple[Dim, ...]]) -> str | None:
@@ -111,6 +117,7 @@ def state_graph(
     """The state graph of ``region``, with the supported mask of each site by name."""
     graph = study.model.proto.graph
     sites = {site.node for site in region.sites}
+    free = {name for space in study.spaces for name in space.values}
     return StateGraph(
         axis_sizes=region.axis_sizes,
         edges=tuple(
@@ -125,4 +132,7 @@ def state_graph(
         entries=tuple(region.axis_of[name] for name in region.entries),
         exits=tuple(region.axis_of[name] for name in region.exits),
         itemsize=study.weight(region.sites[0]).itemsize,
+        free=frozenset(
+            region.axis_of[name] for name in (*region.entries, *region.exits) if name in free
+        ),
     )

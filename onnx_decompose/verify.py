@@ -291,6 +291,7 @@ def prove_structure(
             return f"site '{name}': {reason}", weights
         fault = fault or reason or _compare_weights(blocks, before, rebuilt)
         weights[site] = rebuilt
+    fault = fault or _compare_reordered(rewritten, stored, decomposition, constants)
     changed = _changed_tensor(original, rewritten)
     if fault is None and changed is not None:
         fault = f"tensor '{changed}', which was not rewritten, is not the original's"
@@ -352,6 +353,26 @@ def _measure_structural(
             worst = max(worst, error) if np.isfinite(error) else float("inf")
     reason = failure or f"outputs agree to {worst:.2g} of their size on {cases} sets of inputs"
     return StructuralClaim(failure is None, reason, 0, cases, worst)
+
+
+def _compare_reordered(
+    model: Model,
+    stored: Mapping[str, onnx.TensorProto],
+    decomposition: Decomposition,
+    constants: Constants,
+) -> str | None:
+    """Constants whose units are in another order must hold the original's entries, bit for bit."""
+    for name, constant in decomposition.reordered.items():
+        if name not in stored or constant.source not in constants:
+            return f"constant '{constant.source}' or its reordered form '{name}' is missing"
+        found = read_tensor(model, stored[name])
+        try:
+            wanted = constant.apply(constants.array(constant.source))
+        except ValueError as error:
+            return f"constant {error}"
+        if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
+            return f"constant '{constant.source}': its reordered form '{name}' is not the original's"
+    return None
 
 
 def _rebuild(

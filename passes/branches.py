@@ -131,6 +131,7 @@ class BranchEmitter:
     ) -> None:
         self._graph = graph
         self._region = region
+        self._plan = plan
         self._branches = plan.branches
         self._weights = weights
         self._constants = constants
@@ -158,16 +159,11 @@ class BranchEmitter:
         return self._branches[branch].units[self._region.axis_of[name]]
 
     def _is_whole(self, name: str) -> bool:
+        """Whether a single branch has all units of ``name``, which then stand at their places."""
         axis = self._region.axis_of[name]
         return (
             len(self._branches) == 1
             and self._branches[0].units[axis].size == self._region.axis_sizes[axis]
-        )
-
-    def _order(self, axis: int) -> list[int]:
-        """The branches by their first unit on ``axis``."""
-        return sorted(
-            range(len(self._branches)), key=lambda n: int(self._branches[n].units[axis][0])
         )
 
     def _cut(self, name: str, place: int) -> list[Value]:
@@ -176,22 +172,22 @@ class BranchEmitter:
         if self._is_whole(name):
             return [value]
         axis = self._region.axis_of[name]
-        layout = layout_of(self._branches, axis, self._region.axis_sizes[axis])
+        positions = self._plan.positions(axis)
+        layout = layout_of(positions, self._region.axis_sizes[axis])
         parts: list[Value] = [
             gs.Variable(self._ops.fresh.name(f"{name}.branch{number}"))
             for number in range(len(self._branches))
         ]
         if layout == "whole":
-            order = self._order(axis)
-            sizes = [self._branches[number].units[axis].size for number in order]
+            order = _by_first(positions)
+            sizes = [positions[number].size for number in order]
             self._ops.split(value, sizes, [parts[number] for number in order], place)
             return parts
-        for number, part in enumerate(parts):
-            units = self._units(name, number)
+        for part, run in zip(parts, positions, strict=True):
             if layout == "runs":
-                self._ops.slice(value, int(units[0]), int(units[-1]) + 1, part, place)
+                self._ops.slice(value, int(run[0]), int(run[-1]) + 1, part, place)
             else:
-                self._ops.gather(value, units, part, name, place)
+                self._ops.gather(value, run, part, name, place)
         return parts
 
     def _join(self, name: str, place: int) -> None:
@@ -199,16 +195,15 @@ class BranchEmitter:
         if self._is_whole(name):
             return
         axis = self._region.axis_of[name]
-        layout = layout_of(self._branches, axis, self._region.axis_sizes[axis])
+        positions = self._plan.positions(axis)
         output = gs.Variable(name)
         parts = self._local[name]
-        if layout == "whole":
-            self._ops.concat([parts[n] for n in self._order(axis)], output, name, place)
+        if layout_of(positions, self._region.axis_sizes[axis]) == "whole":
+            self._ops.concat([parts[n] for n in _by_first(positions)], output, name, place)
             return
         joined = gs.Variable(self._ops.fresh.name(f"{name}.joined"))
         self._ops.concat(parts, joined, name, place)
-        units = np.concatenate([branch.units[axis] for branch in self._branches])
-        self._ops.gather(joined, np.argsort(units), output, name, place)
+        self._ops.gather(joined, np.argsort(np.concatenate(positions)), output, name, place)
 
     def _outputs(self, name: str) -> list[Value]:
         """New values for what a node makes in each branch."""
@@ -275,7 +270,12 @@ class BranchEmitter:
         shape = self._constants[name].shape
         size = self._region.axis_sizes[axis]
         units = self._branches[number].units[axis]
-        if not shape or shape[-1] != size or units.size == size:
+        if not shape or shape[-1] != size or np.array_equal(units, np.arange(size)):
             return gs.Variable(name)
         values = self._constants.array(name)[..., units]
         return self._ops.fresh.constant(f"{name}.branch{number}", values)
+
+
+def _by_first(positions: Sequence[NDArray[np.intp]]) -> list[int]:
+    """The branches in the order of their first units."""
+    return sorted(range(len(positions)), key=lambda number: int(positions[number][0]))

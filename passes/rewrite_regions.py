@@ -10,6 +10,7 @@ from onnx_decompose.errors import PassError
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.branches import BranchEmitter, TensorOps
+from onnx_decompose.passes.renumber import renumber
 from onnx_decompose.passes.splice import Fresh, constant_nodes, splice
 from onnx_decompose.shapes import opset_of
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.metadata import Block
+    from onnx_decompose.metadata import Block, Reordered
     from onnx_decompose.passes.branches import Emitter
+    from onnx_decompose.passes.renumber import Orders
     from onnx_decompose.plan import Decision, RegionPlan
     from onnx_decompose.regions import Region
     from onnx_decompose.shapes import Dim
@@ -43,17 +45,22 @@ class RewriteRegions(GraphPass):
         plans: the regions and how each is written; no two regions share a node.
         weight: gives the annealed weight of a site, (K, N).
         shapes: what is known of the values' shapes.
+        orders: unit spaces that are renumbered on the way, and which old unit stands at each place.
         record: filled with how each site's weight is spread over blocks, name -> blocks in branch order.
+        reordered: filled with the other constants that are stored in a new order, by initializer.
     """
 
     plans: Sequence[tuple[Region, RegionPlan]]
     weight: Callable[[Site], NDArray[Any]]
     shapes: Mapping[str, tuple[Dim, ...]]
+    orders: Orders = ()
     record: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
+    reordered: dict[str, Reordered] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
-        """The regions' nodes, and the constant nodes that only they read."""
+        """The regions' nodes, those with constants in a new order, and the constant nodes that only they read."""
         nodes = {index for region, _ in self.plans for index in region.nodes}
+        nodes |= {use.node for space, _ in self.orders for use in space.constants}
         return frozenset(nodes | constant_nodes(model.proto.graph))
 
     def requires(self, model: Model) -> None:
@@ -76,9 +83,18 @@ class RewriteRegions(GraphPass):
             weights = {site.name: self.weight(site) for site in region.sites}
             emitter = _EMITTERS[plan.decision](graph, region, plan, weights, constants, ops)
             self.record.update(emitter.emit())
-        removed = [index for region, _ in self.plans for index in region.nodes]
-        exits = {name for region, _ in self.plans for name in region.exits}
-        proto = splice(model.proto, removed, ops.placed, unchanged=exits)
+        removed = {index for region, _ in self.plans for index in region.nodes}
+        around = renumber(graph, constants, self.orders, ops.fresh, inside=removed)
+        self.record.update(around.blocks)
+        self.reordered.update(around.reordered)
+        proto = splice(
+            model.proto,
+            removed,
+            ops.placed,
+            unchanged={name for region, _ in self.plans for name in region.exits},
+            others=around.nodes,
+            more=around.tensors,
+        )
         return PassResult(Model(proto, model.path), modified=True)
 
     def ensures(self, before: Model, after: Model) -> None:

@@ -73,24 +73,29 @@ def splice(
     removed: Iterable[int],
     placed: Sequence[Placed],
     unchanged: Collection[str],
+    *,
+    others: Sequence[onnx.NodeProto] | None = None,
+    more: Iterable[gs.Constant] = (),
 ) -> onnx.ModelProto:
     """A copy of ``proto`` with some nodes replaced.
 
     Args:
         proto: the model to copy.
+        others: the model's nodes, some of them changed, in their places; the model's own by default.
+        more: initializers to add besides those of ``placed``.
         removed: indices of the nodes to take out.
         placed: the nodes to put in, in an order that works at each place.
         unchanged: values of removed nodes that ``placed`` makes again just as they were.
     """
     gone = set(removed)
     by_place: dict[int, list[onnx.NodeProto]] = {}
-    tensors: dict[str, gs.Constant] = {}
+    tensors: dict[str, gs.Constant] = {tensor.name: tensor for tensor in more}
     for item in placed:
         by_place.setdefault(item.place, []).append(_export(item))
         tensors |= {t.name: t for t in item.node.inputs if isinstance(t, gs.Constant)}
     nodes: list[onnx.NodeProto] = []
     remade: set[str] = set()
-    for index, node in enumerate(proto.graph.node):
+    for index, node in enumerate(proto.graph.node if others is None else others):
         nodes.extend(by_place.get(index, ()))
         if index in gone:
             remade.update(node.output)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.cost import CPU, CUDA, CostModel
-from onnx_decompose.plan import Branch, Emit, RegionPlan, StateGraph, layout_of, plan_region
+from onnx_decompose.plan import Emit, RegionPlan, StateGraph, layout_of, plan_region
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -192,11 +192,11 @@ def test_isolated_inputs_between_runs_are_kept_where_a_gather_is_dear() -> None:
     gather_is_dear = dataclasses.replace(FREE, gather_rate=1e6)
     plan = plan_region(graph, gather_is_dear)
     check(graph, plan)
-    assert layout_of(plan.branches, 0, 64) == "whole"
+    assert layout_of(plan.positions(0), 64) == "whole"
     gather_is_free = dataclasses.replace(FREE, gather_rate=1e18)
     plan = plan_region(graph, gather_is_free)
     check(graph, plan)
-    assert layout_of(plan.branches, 0, 64) == "scattered"
+    assert layout_of(plan.positions(0), 64) == "scattered"
 
 
 def test_an_axis_without_edges_is_carried_along() -> None:
@@ -250,8 +250,7 @@ def test_thousands_of_components_are_planned_quickly(rng: np.random.Generator) -
     ],
 )
 def test_layouts(parts: list[list[int]], size: int, layout: str) -> None:
-    branches = tuple(Branch((np.array(part),)) for part in parts)
-    assert layout_of(branches, 0, size) == layout
+    assert layout_of([np.array(part) for part in parts], size) == layout
 
 
 @st.composite

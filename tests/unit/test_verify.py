@@ -16,6 +16,7 @@ from onnx_decompose.metadata import (
     Annealing,
     Block,
     Decomposition,
+    Reordered,
     SiteBlocks,
     digest,
     read_decomposition,
@@ -430,3 +431,41 @@ class TestValidation:
         value.name = "renamed"
         with pytest.raises(ModelError, match=f"its {what}s are not those of"):
             validate_models(original(), other, inputs=Inputs(seeds=1), provider=Provider.CPU)
+
+
+class TestReordered:
+    """A constant whose units are in another order holds the original's entries."""
+
+    def prove(self, values: list[float], **changes: Any) -> str | None:
+        before = model(
+            [helper.make_node("Mul", ["x", "scale"], ["y"], "scaled")],
+            {"scale": np.arange(5, dtype=np.float32)},
+        )
+        after = model(
+            [helper.make_node("Mul", ["x", "scale.new"], ["y"], "scaled")],
+            {"scale.new": np.array(values, np.float32)},
+        )
+        fields = {"source": "scale", "axes": {-1: np.array([2, 0, 1, 4, 3])}, **changes}
+        decomposition = Decomposition(0.01, {}, {"scale.new": Reordered(**fields)})
+        write_decomposition(after.proto, decomposition, "0")
+        return prove(before, after)
+
+    def test_the_same_entries(self) -> None:
+        assert self.prove([2, 0, 1, 4, 3]) is None
+
+    @pytest.mark.parametrize("values", [[0, 1, 2, 3, 4], [2, 0, 1, 4, 3.0001], [2, 0, 1, 4]])
+    def test_other_entries(self, values: list[float]) -> None:
+        assert self.prove(values) == (
+            "constant 'scale': its reordered form 'scale.new' is not the original's"
+        )
+
+    def test_a_constant_that_is_not_there(self) -> None:
+        assert "constant 'scales' or" in str(self.prove([2, 0, 1, 4, 3], source="scales"))
+
+    def test_an_axis_that_is_not_there(self) -> None:
+        axes = {-2: np.arange(5)}
+        assert "has no axis -2 of size 5" in str(self.prove([2, 0, 1, 4, 3], axes=axes))
+
+    def test_an_order_that_leaves_units_out_is_refused(self) -> None:
+        with pytest.raises(ModelError, match="leaves some out"):
+            self.prove([2, 0], axes={-1: np.array([2, 0])})

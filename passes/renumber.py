@@ -1,0 +1,101 @@
+"""Units in another order: every constant of a unit space is stored anew, and no operator is added."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from onnx_decompose.metadata import Block, Reordered
+from onnx_decompose.sites import node_names
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    import onnx_graphsurgeon as gs
+    from numpy.typing import NDArray
+
+    from onnx_decompose.constants import Constants
+    from onnx_decompose.passes.splice import Fresh
+    from onnx_decompose.unit_spaces import UnitSpace
+
+    Orders = Sequence[tuple[UnitSpace, NDArray[np.intp]]]
+
+__all__ = ["Renumbered", "renumber"]
+
+
+class Renumbered:
+    """The nodes of a graph with their constants in the new order, and what became of them.
+
+    Attributes:
+        nodes: all nodes of the graph, in their places.
+        tensors: the new initializers.
+        blocks: site name -> where its reordered weight is stored.
+        reordered: name of each other new initializer -> the constant it was.
+    """
+
+    def __init__(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        self.nodes = list(nodes)
+        self.tensors: list[gs.Constant] = []
+        self.blocks: dict[str, tuple[Block, ...]] = {}
+        self.reordered: dict[str, Reordered] = {}
+
+
+def renumber(
+    graph: onnx.GraphProto,
+    constants: Constants,
+    orders: Orders,
+    fresh: Fresh,
+    *,
+    inside: Collection[int],
+) -> Renumbered:
+    """Store the constants of some unit spaces in another order of their units.
+
+    Args:
+        graph: the main graph.
+        constants: its constants.
+        orders: spaces, and which old unit stands at each place.
+        fresh: names that are not taken.
+        inside: nodes that are written anew by someone who knows the order: they are left alone here.
+    """
+    result = Renumbered(graph.node)
+    names = node_names(graph)
+    for (index, position), axes in _uses(orders).items():
+        if index in inside:
+            continue
+        node = onnx.NodeProto()
+        node.CopyFrom(result.nodes[index])
+        name = node.input[position]
+        constant = Reordered(name, axes)
+        tensor = fresh.constant(f"{name}.renumbered", constant.apply(constants.array(name)))
+        node.input[position] = tensor.name
+        result.nodes[index] = node
+        result.tensors.append(tensor)
+        if position == 1 and node.op_type in {"Gemm", "MatMul"}:
+            result.blocks[names[index]] = (_block(node, axes, tensor),)
+        else:
+            result.reordered[tensor.name] = constant
+    return result
+
+
+def _uses(orders: Orders) -> Mapping[tuple[int, int], dict[int, NDArray[np.intp]]]:
+    """Node and input -> the new order of each of the constant's axes that has one."""
+    uses: dict[tuple[int, int], dict[int, NDArray[np.intp]]] = {}
+    for space, order in orders:
+        for use in space.constants:
+            uses.setdefault((use.node, use.input), {})[use.axis] = order
+    return uses
+
+
+def _block(
+    node: onnx.NodeProto, axes: Mapping[int, NDArray[np.intp]], tensor: gs.Constant
+) -> Block:
+    """A site's whole weight, its units in the order that they are stored in."""
+    flipped = any(a.name == "transB" and a.i for a in node.attribute)
+    stored = {
+        axis: axes.get(axis, np.arange(tensor.values.shape[axis], dtype=np.intp))
+        for axis in (-2, -1)
+    }
+    rows, columns = (-1, -2) if flipped else (-2, -1)
+    return Block(stored[rows], stored[columns], tensor.name, flipped)
