@@ -24,9 +24,8 @@ GATHERS = {"Gather"}
 
 
 def dense(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:
-    return (rng.uniform(0.5, 1, (rows, columns)) * rng.choice([-1, 1], (rows, columns))).astype(
-        np.float32
-    )
+    values = rng.uniform(0.5, 1, (rows, columns)) * rng.choice([-1, 1], (rows, columns))
+    return np.asarray(values, np.float32)
 
 
 def stored(result: Rewritten, block: Block) -> NDArray[Any]:

@@ -64,7 +64,8 @@ def only(
 
 def test_inputs_and_outputs_keep_their_order_and_what_lies_between_does_not() -> None:
     space = only("{ h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2) }")
-    assert (space.size, space.values) == (6, {"h", "r"})
+    assert space.size == 6
+    assert space.values == {"h", "r"}
     assert [(use.node, use.input, use.axis) for use in space.constants] == [
         (0, 1, -1),
         (2, 1, -2),
