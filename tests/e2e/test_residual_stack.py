@@ -65,7 +65,10 @@ def stack() -> onnx.ModelProto:
         "stack",
         [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["batch", "time"])],
         [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["batch", "time", 5])],
-        [numpy_helper.from_array(np.float32(values), name) for name, values in tensors.items()],
+        [
+            numpy_helper.from_array(np.asarray(values, np.float32), name)
+            for name, values in tensors.items()
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
