@@ -44,12 +44,14 @@ class RewriteRegions(GraphPass):
         weight: gives the annealed weight of a site, (K, N).
         shapes: what is known of the values' shapes.
         record: filled with how each site's weight is spread over blocks, name -> blocks in branch order.
+        constants: filled with how each per-unit constant of the regions is, name -> blocks of one row.
     """
 
     plans: Sequence[tuple[Region, RegionPlan]]
     weight: Callable[[Site], NDArray[Any]]
     shapes: Mapping[str, tuple[Dim, ...]]
     record: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
+    constants: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
         """The regions' nodes, and the constant nodes that only they read."""
@@ -76,6 +78,7 @@ class RewriteRegions(GraphPass):
             weights = {site.name: self.weight(site) for site in region.sites}
             emitter = _EMITTERS[plan.decision](graph, region, plan, weights, constants, ops)
             self.record.update(emitter.emit())
+        self.constants.update({name: tuple(parts) for name, parts in ops.constants.items()})
         removed = [index for region, _ in self.plans for index in region.nodes]
         exits = {name for region, _ in self.plans for name in region.exits}
         proto = splice(model.proto, removed, ops.placed, unchanged=exits)
