@@ -61,10 +61,10 @@ class ReplaceWeights(GraphPass):
         for site, values in self.biases.items():
             bias = places[site.name]
             wanted = f"{bias.constant or site.output + '.bias'}.folded"
-            if bias.constant is not None:
-                # As many axes as before, so that the sum has no more of them either.
-                values = values.reshape(*(1 for _ in constants[bias.constant].shape[:-1]), -1)
-            tensor = self.record[site.name] = edit.constant(wanted, values)
+            # As many axes as before, so that the sum has no more of them either.
+            held = () if bias.constant is None else constants[bias.constant].shape[:-1]
+            tensor = edit.constant(wanted, values.reshape(*held, -1))
+            self.record[site.name] = tensor
             if bias.node is None:
                 edit.add_after(site, tensor)
             else:
