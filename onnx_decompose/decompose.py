@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_decompose.analysis.anneal import anneal
-from onnx_decompose.biases import bias_of, find_biases, region_with_biases
+from onnx_decompose.biases import absorbable, find_biases, region_in
 from onnx_decompose.folding import fold_region
 from onnx_decompose.metadata import Decomposition, FoldedBias, SiteBlocks, digest
 from onnx_decompose.passes.replace_weights import ReplaceWeights
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.analysis.criteria import Criterion, Selection
     from onnx_decompose.analysis.evidence import Evidence
+    from onnx_decompose.biases import Bias
     from onnx_decompose.cost import CostModel
     from onnx_decompose.metadata import Annealing
     from onnx_decompose.model_io import Model
@@ -47,8 +48,9 @@ class Attempt:
         criterion: the criterion at its level.
         selections: supported entries of each site by name.
         plans: each region, or the parts it was cut into, with its plan.
-        added: what folded constant units add to the outputs of rewritten sites, (N,) float64 by name; see
+        added: what folded constant units add to the products of rewritten sites, (N,) float64 by name; see
             ``folding.Folding``.
+        absorbed: how many per-unit scales and shifts go into weight and bias of rewritten sites, by name.
     """
 
     study: Study
@@ -57,6 +59,7 @@ class Attempt:
     selections: Mapping[str, Selection]
     plans: tuple[tuple[Region, RegionPlan], ...]
     added: Mapping[str, NDArray[np.float64]]
+    absorbed: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def rewrites(self) -> tuple[tuple[Region, RegionPlan], ...]:
@@ -90,32 +93,47 @@ class Attempt:
 
     def annealed(self) -> dict[str, NDArray[Any]]:
         """Annealed weight, (K, N), of every site that is rewritten, by name."""
+        places = self._biases()
         return {
-            site.name: anneal(self.study.weight(site), mask)
+            site.name: places[site.name].scaled(anneal(self.study.weight(site), mask))
             for region, plan in self.rewrites
             for site, mask in zip(region.sites, plan.masks, strict=True)
         }
 
     def biases(self) -> dict[Site, NDArray[Any]]:
-        """Annealed bias, (N,), of every site that constant units were folded into.
+        """Annealed bias, (N,), of every site that constant units were folded into, or that absorbed a shift.
 
-        Only units that some branch computes get another bias: what is dropped says nothing, so it stays as it was.
+        Only units that some branch computes get what was folded: of the others no branch says anything.
         """
-        graph, constants = self.study.model.proto.graph, self.study.constants
-        places = find_biases(graph, self.study.sites, constants) if self.added else {}
+        places = self._biases()
         found: dict[Site, NDArray[Any]] = {}
         for region, plan in self.rewrites:
             for site in region.sites:
-                if site.name not in self.added:
+                if site.name not in self.added and site.name not in self.absorbed:
                     continue
-                dtype = self.study.weight(site).dtype
-                values = bias_of(site, places[site.name], constants, dtype)
+                bias, dtype = places[site.name], self.study.weight(site).dtype
+                values = bias.stored(0.0, dtype)
                 axis = region.axis_of[site.output]
                 kept = np.concatenate([branch.units[axis] for branch in plan.branches])
-                total = values[kept].astype(np.float64) + self.added[site.name][kept]
-                values[kept] = total.astype(dtype)
-                found[site] = values
+                values[kept] = bias.stored(self.added.get(site.name, 0.0), dtype)[kept]
+                if bias.constant is not None or bias.axes or values.any():
+                    found[site] = values
         return found
+
+    @property
+    def absorbing(self) -> dict[Site, int]:
+        """The rewritten sites that absorb what follows them, and how many nodes of it."""
+        return {
+            site: self.absorbed[site.name]
+            for region, _ in self.rewrites
+            for site in region.sites
+            if site.name in self.absorbed
+        }
+
+    def _biases(self) -> dict[str, Bias]:
+        sites = [site for region, _ in self.rewrites for site in region.sites]
+        graph = self.study.model.proto.graph
+        return find_biases(graph, sites, self.study.constants, self.absorbed)
 
 
 def attempt(
@@ -147,11 +165,13 @@ def attempt(
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
         plans.extend(parts if apart else [(region, whole)])
-    return Attempt(study, evidence, criterion, selections, tuple(plans), added)
+    tried = Attempt(study, evidence, criterion, selections, tuple(plans), added)
+    # Scaled weights are rounded anew, so that an attempt that changes no entry absorbs nothing.
+    return tried if tried.is_exact else dataclasses.replace(tried, absorbed=_absorbable(tried))
 
 
 def annealed_model(tried: Attempt) -> Model:
-    """The original graph with the unsupported entries of the rewritten sites removed, constant units folded."""
+    """The original graph with the unsupported entries of the rewritten sites removed, constants folded and absorbed."""
     weights = tried.annealed()
     changed = {
         site: weights[site.name]
@@ -159,17 +179,21 @@ def annealed_model(tried: Attempt) -> Model:
         for site in region.sites
         if not np.array_equal(weights[site.name], tried.study.weight(site))
     }
-    return ReplaceWeights(changed, tried.biases())(tried.study.model).model
+    return ReplaceWeights(changed, tried.biases(), tried.absorbing)(tried.study.model).model
 
 
 def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
     """The model with every planned region written as branches, and what its metadata will say."""
     weights, biases = tried.annealed(), tried.biases()
-    # Folded biases are a matter of the dense graph: whatever writes the branches finds them in their places.
-    folding = ReplaceWeights({}, biases)
+    # Biases are a matter of the dense graph: whatever writes the branches finds them in their places.
+    folding = ReplaceWeights({}, biases, tried.absorbing)
     folded = folding(tried.study.model).model
+    before, after = tried.study.model.proto.graph, folded.proto.graph
     rewriting = RewriteRegions(
-        plans=_plans_in(folded, tried, biases),
+        plans=[
+            (region_in(region, before, after, folding.outputs), plan)
+            for region, plan in tried.rewrites
+        ],
         weight=lambda site: weights[site.name],
         shapes=tried.study.shapes,
     )
@@ -185,13 +209,14 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         site.name: SiteBlocks(
             site=site.name,
             shape=site.shape,
-            annealing=_annealing(tried.study.weight(site), weights[site.name]),
+            annealing=_annealing(tried.study.weight(site), mask),
             sha256=digest(weights[site.name]),
             blocks=rewriting.record[site.name],
             bias=folded_biases.get(site.name),
+            absorbed=tried.absorbed.get(site.name),
         )
-        for region, _ in tried.rewrites
-        for site in region.sites
+        for region, plan in tried.rewrites
+        for site, mask in zip(region.sites, plan.masks, strict=True)
     }
     return model, Decomposition(budget, sites)
 
@@ -219,20 +244,24 @@ def _plan_whole(
     return dataclasses.replace(plan, reason=reason), folding.added
 
 
-def _plans_in(
-    folded: Model, tried: Attempt, biases: Mapping[Site, NDArray[Any]]
-) -> tuple[tuple[Region, RegionPlan], ...]:
-    """The rewrites of an attempt, with their regions as they lie in the model with folded biases."""
+def _absorbable(tried: Attempt) -> dict[str, int]:
+    """The per-unit scales and shifts after each rewritten site that its weight and bias can hold."""
     study = tried.study
-    places = find_biases(study.model.proto.graph, biases, study.constants) if biases else {}
-    inserted = [site for site in biases if places[site.name].node is None]
-    if not inserted:
-        return tried.rewrites
-    graph = folded.proto.graph
-    return tuple(
-        (region_with_biases(region, inserted, graph), plan) for region, plan in tried.rewrites
-    )
+    graph, constants = study.model.proto.graph, study.constants
+    sites = [site for region, _ in tried.rewrites for site in region.sites]
+    nodes = {index for region, _ in tried.rewrites for index in region.nodes}
+    counts = absorbable(graph, sites, constants, nodes)
+    places = find_biases(graph, sites, constants, counts)
+    return {
+        site.name: counts[site.name]
+        for site in sites
+        if site.name in counts
+        and np.isfinite(places[site.name].scaled(study.weight(site))).all()
+        and np.isfinite(
+            places[site.name].stored(tried.added.get(site.name, 0.0), study.weight(site).dtype)
+        ).all()
+    }
 
 
-def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:
-    return "exact" if np.array_equal(before, after) else "masked"
+def _annealing(before: NDArray[Any], mask: NDArray[np.bool_]) -> Annealing:
+    return "masked" if (before[~mask] != 0).any() else "exact"

@@ -18,7 +18,7 @@ import onnx
 import onnx.reference
 
 from onnx_decompose.analysis.folding import Units, anything, fold_rows, read_by, settle
-from onnx_decompose.biases import Bias, bias_of, find_biases
+from onnx_decompose.biases import Bias, find_biases
 from onnx_decompose.shapes import opset_of
 from onnx_decompose.sites import attribute_values
 from onnx_decompose.tensors import is_float, largest_number
@@ -54,8 +54,8 @@ class Folding:
 
     Attributes:
         masks: the supported entries of each site by name, (K, N), without the rows of constant units.
-        added: what those rows add to the product of each site by name, (N,) float64; only sites where it is not
-            all zero.
+        added: what those rows add to the product x W of each site by name, (N,) float64; only sites where it is
+            not all zero.
         rows: how many rows with supported entries were folded, over all sites.
     """
 
@@ -88,7 +88,7 @@ class _Walk:
         self._sites = {site.node: site for site in region.sites}
         self._biases: Mapping[str, Bias] | None = None
         weight = study.weight(region.sites[0])
-        self._largest = largest_number(weight.dtype)
+        self._dtype, self._largest = weight.dtype, largest_number(weight.dtype)
         self._known = {name: anything(self._size(name)) for name in region.entries}
         self.masks = {site.name: masks[site.name] for site in region.sites}
         self.added: dict[str, FloatArray] = {}
@@ -110,10 +110,8 @@ class _Walk:
         units, mask = self._known[site.input], self.masks[site.name]
         if units.varies.all() and mask.any(axis=0).all():
             return anything(site.shape[1])
-        bias = self._bias(site)
         folded, total = fold_rows(units, self._study.weight(site), mask)
-        total = total * bias.factor
-        if total.any() and not self._fits(bias, total):
+        if total.any() and not self._fits(self._bias(site), total):
             return anything(site.shape[1])
         rows = np.count_nonzero(mask.any(axis=1) & ~units.varies)
         if rows:
@@ -121,27 +119,13 @@ class _Walk:
             self.rows += rows
         if total.any():
             self.added[site.name] = total
-        varies = folded.any(axis=0)
-        if site.op_type != "Gemm":
-            return settle(total, varies, self._largest)
-        attributes = attribute_values(self._graph.node[site.node])
-        if bias.node is None:
-            return self._with_own_bias(site, total, varies, attributes)
-        held = bias_of(site, bias, self._study.constants, np.dtype(np.float64))
-        return settle((held + total) * attributes.get("beta", 1.0), varies, self._largest)
-
-    def _with_own_bias(
-        self,
-        site: Site,
-        total: FloatArray,
-        varies: NDArray[np.bool_],
-        attributes: Mapping[str, Any],
-    ) -> Units:
-        """A Gemm whose third input is no bias of its units alone: it stays, and an Add follows."""
-        node, held = self._graph.node[site.node], np.zeros(())
+        node = self._graph.node[site.node]
+        attributes = attribute_values(node)
+        total = total * attributes.get("alpha", 1.0)
         if len(node.input) > 2 and node.input[2]:
             held = self._study.constants.array(node.input[2]).astype(np.float64)
-        return settle(total + attributes.get("beta", 1.0) * held, varies, self._largest)
+            total = total + attributes.get("beta", 1.0) * held
+        return settle(total, folded.any(axis=0), self._largest)
 
     def _bias(self, site: Site) -> Bias:
         if self._biases is None:  # only where something is constant: most regions never ask
@@ -150,11 +134,11 @@ class _Walk:
 
     def _fits(self, bias: Bias, total: FloatArray) -> bool:
         """Whether ``total`` can be added where the bias is, in the weight's type."""
-        if not (np.abs(total) <= self._largest).all():
+        if not np.isfinite(bias.stored(total, self._dtype)).all():
             return False
-        if bias.node is None:
+        if not bias.inside and not bias.nodes:
             return opset_of(self._study.model.proto) >= _ADD_BROADCASTS_FROM
-        return bias.node in self._region.nodes
+        return set(bias.nodes) <= set(self._region.nodes)
 
     def _elementwise(self, node: onnx.NodeProto) -> Units:
         size = self._size(node.output[0])

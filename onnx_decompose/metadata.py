@@ -42,7 +42,10 @@ VERSION_KEY = "onnx_decompose.version"
 DECOMPOSITION_KEY = "onnx_decompose.decomposition"
 
 Annealing = Literal["exact", "masked", "refitted"]
-"""What became of a weight: only exact zeros removed; other entries removed or folded; entries changed."""
+"""What became of a weight: only exact zeros removed; other entries removed or folded; entries changed.
+
+Scales that are absorbed change every entry in a way of its own, which the original tells: see ``SiteBlocks.absorbed``.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +109,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class FoldedBias:
-    """A site's bias after constant units were folded into it, and where the rewritten model stores it.
+    """A site's annealed bias, where it is not the original's, and where the rewritten model stores it.
 
     Attributes:
         sha256: of the annealed bias's bytes, (N,).
@@ -127,7 +130,9 @@ class SiteBlocks:
         annealing: what became of the weight.
         sha256: of the annealed dense weight's bytes, (K, N) in C order.
         blocks: the branches' parts; what no block covers is zero.
-        bias: its bias, where constant units were folded into it.
+        bias: its bias, where that is another one: constant units were folded into it, or what followed it was absorbed.
+        absorbed: how many nodes after the site (``biases.absorbable``) are in its weight and bias now; None where the
+            weight keeps its scale.
     """
 
     site: str
@@ -136,6 +141,7 @@ class SiteBlocks:
     sha256: str
     blocks: tuple[Block, ...]
     bias: FoldedBias | None = None
+    absorbed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -228,8 +234,15 @@ def _site_blocks(name: str, fields: Mapping[str, Any]) -> SiteBlocks:
     if "bias" in fields:
         parts = tuple(_block(block, 1, outputs) for block in fields["bias"]["blocks"])
         bias = FoldedBias(str(fields["bias"]["sha256"]), parts)
+    absorbed = _index(fields["absorbed"]) if "absorbed" in fields else None
     return SiteBlocks(
-        name, (inputs, outputs), fields["annealing"], str(fields["sha256"]), blocks, bias
+        name,
+        (inputs, outputs),
+        fields["annealing"],
+        str(fields["sha256"]),
+        blocks,
+        bias,
+        absorbed,
     )
 
 
@@ -243,6 +256,8 @@ def _site_json(site: SiteBlocks) -> dict[str, Any]:
     if site.bias is not None:
         parts = [_block_json(block) for block in site.bias.blocks]
         fields["bias"] = {"sha256": site.bias.sha256, "blocks": parts}
+    if site.absorbed is not None:
+        fields["absorbed"] = site.absorbed
     return fields
 
 

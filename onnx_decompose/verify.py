@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.biases import bias_of, find_biases
+from onnx_decompose.biases import find_biases
 from onnx_decompose.cases import made_up_cases, open_model, runnable, sample_cases
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import ModelError, OptionError
@@ -259,7 +259,9 @@ def structural_claim(
     fault, weights, biases = prove_structure(original, rewritten, decomposition)
     if fault is not None:
         return StructuralClaim(False, fault, len(weights), 0, float("nan"))
-    annealed = ReplaceWeights(weights, biases)(original).model
+    counts = _absorbed(decomposition)
+    absorbed = {site: counts[site.name] for site in weights if site.name in counts}
+    annealed = ReplaceWeights(weights, biases, absorbed)(original).model
     measured = _measure_structural(
         annealed, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
     )
@@ -275,7 +277,7 @@ def prove_structure(
 
     Returns:
         What is wrong first, or None; and by site of the original the annealed weights, (K, N) each, and the biases
-        that constant units were folded into, (N,) each.
+        that are not the original's, (N,) each.
     """
     constants = Constants(original)
     sites = {site.name: site for site in find_sites(original, constants)[0]}
@@ -283,7 +285,9 @@ def prove_structure(
     fault: str | None = None
     weights: dict[Site, NDArray[Any]] = {}
     biases: dict[Site, NDArray[Any]] = {}
-    places = find_biases(original.proto.graph, sites.values(), constants)
+    places = find_biases(
+        original.proto.graph, sites.values(), constants, _absorbed(decomposition)
+    )
     for name, blocks in decomposition.sites.items():
         site = sites.get(name)
         if site is None or site.shape != blocks.shape:
@@ -291,7 +295,8 @@ def prove_structure(
                 f"{rewritten.label}: was not made from {original.label}: it has no site '{name}' of shape "
                 f"{list(blocks.shape)}; give the model that was rewritten"
             )
-        before = site_weight(site, constants)
+        bias = places[name]
+        before = bias.scaled(site_weight(site, constants))
         reason, rebuilt = _rebuild(rewritten, stored, blocks.blocks, np.zeros_like(before))
         if rebuilt is None:
             return f"site '{name}': {reason}", weights, biases
@@ -299,7 +304,7 @@ def prove_structure(
         weights[site] = rebuilt
         if blocks.bias is None:
             continue
-        held = bias_of(site, places[name], constants, before.dtype)
+        held = bias.stored(0.0, before.dtype)
         reason, row = _rebuild(
             rewritten, stored, blocks.bias.blocks, held[None, :], is_bias=True
         )
@@ -420,6 +425,15 @@ def _rebuild(
         if (values.reshape(used.shape)[~used] != 0).any():
             return f"block '{name}' holds entries that are no part of the weight", rebuilt
     return None, rebuilt
+
+
+def _absorbed(decomposition: Decomposition) -> dict[str, int]:
+    """How many nodes after each site its weight and bias hold, by site name."""
+    return {
+        name: site.absorbed
+        for name, site in decomposition.sites.items()
+        if site.absorbed is not None
+    }
 
 
 def _as_rows(values: NDArray[Any], block: Block) -> NDArray[Any]:

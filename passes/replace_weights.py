@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import onnx
-import onnx_graphsurgeon as gs
 
 from onnx_decompose.biases import find_biases
 from onnx_decompose.constants import Constants
@@ -18,6 +17,7 @@ from onnx_decompose.sites import attribute_values
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from onnx_decompose.biases import Bias
@@ -32,50 +32,51 @@ class ReplaceWeights(GraphPass):
 
     Attributes:
         weights: site -> its new weight, (K, N), of the old one's type.
-        biases: site -> its new bias, (N,), of the weight's type; where ``biases.find_biases`` finds no place for
-            it, an Add takes over the site's output.
+        biases: site -> its new bias, (N,), of the weight's type, stored where ``biases.find_biases`` says; where
+            that is nowhere, an Add takes over the site's output.
+        absorbed: site -> how many of the nodes after it (``biases.absorbable``) its new weight and bias stand for.
         record: filled with the initializer that holds each new bias, by site name.
+        outputs: filled with the value that a site's own node makes now, by site name, where it is another one.
     """
 
     weights: Mapping[Site, NDArray[Any]]
     biases: Mapping[Site, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    absorbed: Mapping[Site, int] = dataclasses.field(default_factory=dict)
     record: dict[str, str] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
         """The sites and their biases, which read tensors of their own now, and the constants that only they read."""
-        sites = {site.node for site in (*self.weights, *self.biases)}
-        adders = {bias.node for bias in self._places(model).values() if bias.node is not None}
-        return frozenset(sites | adders | constant_nodes(model.proto.graph))
+        sites = {site.node for site in (*self.weights, *self.biases, *self.absorbed)}
+        after = {node for bias in self._places(model).values() for node in bias.nodes}
+        return frozenset(sites | after | constant_nodes(model.proto.graph))
 
     def call(self, model: Model) -> PassResult:
         """Add an initializer for each new weight and bias, and point the node that uses it to it."""
-        if not self.weights and not self.biases:
+        if not (self.weights or self.biases or self.absorbed):
             return PassResult(model, modified=False)
         edit = _Edit(model.proto.graph)
         for site, weight in self.weights.items():
             flipped = bool(attribute_values(edit.nodes[site.node]).get("transB", 0))
             tensor = edit.constant(f"{site.tensor}.annealed", weight.T if flipped else weight)
             edit.own(site.node).input[1] = tensor
-        constants = Constants(model)
         places = self._places(model)
-        for site, values in self.biases.items():
+        for site in dict.fromkeys((*self.biases, *self.absorbed)):
             bias = places[site.name]
-            wanted = f"{bias.constant or site.output + '.bias'}.folded"
-            # As many axes as before, so that the sum has no more of them either.
-            held = () if bias.constant is None else constants[bias.constant].shape[:-1]
-            tensor = edit.constant(wanted, values.reshape(*held, -1))
-            self.record[site.name] = tensor
-            if bias.node is None:
-                edit.add_after(site, tensor)
-            else:
-                edit.set_input(bias.node, bias.slot, tensor)
+            tensor = None
+            if site in self.biases:
+                wanted = f"{bias.constant or site.output + '.bias'}.folded"
+                shape = (*(1 for _ in range(bias.axes)), -1)
+                tensor = edit.constant(wanted, self.biases[site].reshape(shape))
+                self.record[site.name] = tensor
+            self.outputs[site.name] = edit.affine(site, bias, tensor)
         proto = with_nodes(model.proto, edit.ordered(), edit.tensors.values())
         return PassResult(Model(proto, model.path), modified=True)
 
     def _places(self, model: Model) -> Mapping[str, Bias]:
-        if not self.biases:
-            return {}
-        return find_biases(model.proto.graph, self.biases, Constants(model))
+        sites = dict.fromkeys((*self.biases, *self.absorbed))
+        counts = {site.name: count for site, count in self.absorbed.items()}
+        return find_biases(model.proto.graph, sites, Constants(model), counts) if sites else {}
 
 
 class _Edit:
@@ -86,6 +87,7 @@ class _Edit:
         self.tensors: dict[str, gs.Constant] = {}
         self._owned: set[int] = set()
         self._after: dict[int, onnx.NodeProto] = {}
+        self._gone: set[int] = set()
         self._fresh = Fresh(graph)
 
     def constant(self, wanted: str, values: NDArray[Any]) -> str:
@@ -103,26 +105,39 @@ class _Edit:
             self._owned.add(index)
         return self.nodes[index]
 
-    def set_input(self, index: int, slot: int, name: str) -> None:
-        """Let a node read ``name`` in its input ``slot``, which may be one that it did not use."""
-        node = self.own(index)
-        node.input.extend("" for _ in range(len(node.input), slot + 1))
-        node.input[slot] = name
+    def affine(self, site: Site, bias: Bias, tensor: str | None) -> str:
+        """Let the constant ``tensor`` (None: nothing) take the place of a site's bias and the nodes that make it.
 
-    def add_after(self, site: Site, tensor: str) -> None:
-        """Let an Add of the constant ``tensor`` take over the site's output."""
+        Returns:
+            The value that the site's own node makes now.
+        """
         node = self.own(site.node)
-        node.output[0] = self._fresh.name(f"{site.output}.product")
-        name = self._fresh.name(f"{site.name}.bias")
-        self._after[site.node] = onnx.helper.make_node(
-            "Add", [node.output[0], tensor], [site.output], name
-        )
+        last = self.nodes[bias.nodes[-1]].output[0] if bias.nodes else site.output
+        if bias.inside and tensor is not None:
+            node.input.extend("" for _ in range(len(node.input), 3))
+            node.input[2] = tensor
+        if bias.inside or tensor is None:
+            node.output[0] = last
+            self._gone.update(bias.nodes)
+        elif bias.nodes:
+            self._gone.update(bias.nodes[:-1])
+            add = self.own(bias.nodes[-1])
+            add.op_type = "Add"
+            add.input[:] = [site.output, tensor]
+        else:
+            node.output[0] = self._fresh.name(f"{site.output}.product")
+            name = self._fresh.name(f"{site.name}.bias")
+            self._after[site.node] = onnx.helper.make_node(
+                "Add", [node.output[0], tensor], [last], name
+            )
+        return str(node.output[0])
 
     def ordered(self) -> list[onnx.NodeProto]:
-        """All nodes, the new ones in their places."""
+        """All nodes that are left, the new ones in their places."""
         result: list[onnx.NodeProto] = []
         for index, node in enumerate(self.nodes):
-            result.append(node)
+            if index not in self._gone:
+                result.append(node)
             if index in self._after:
                 result.append(self._after[index])
         return result
