@@ -65,7 +65,10 @@ class Bias:
         if (self.scale == 1).all():
             return weight
         with np.errstate(over="ignore"):
-            return np.asarray((weight.astype(np.float64) * self.scale).astype(weight.dtype))
+            scaled = np.empty(weight.shape, weight.dtype)
+            return np.multiply(
+                weight, self.scale, out=scaled, dtype=np.float64, casting="unsafe"
+            )
 
 
 def find_biases(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.analysis.anneal import anneal
+from onnx_decompose.analysis.anneal import anneal, fill
 from onnx_decompose.biases import absorbable, find_biases, region_in
 from onnx_decompose.folding import fold_region
 from onnx_decompose.metadata import Decomposition, FoldedBias, SiteBlocks, digest
@@ -165,6 +165,7 @@ def attempt(
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
         plans.extend(parts if apart else [(region, whole)])
+    plans = [(region, _filled(region, plan)) for region, plan in plans]
     tried = Attempt(study, evidence, criterion, selections, tuple(plans), added)
     # Scaled weights are rounded anew, so that an attempt that changes no entry absorbs nothing.
     return tried if tried.is_exact else dataclasses.replace(tried, absorbed=_absorbable(tried))
@@ -242,6 +243,18 @@ def _plan_whole(
         return plain, {}
     reason = f"{plan.reason}; {folding.rows} rows of constant units folded into biases"
     return dataclasses.replace(plan, reason=reason), folding.added
+
+
+def _filled(region: Region, plan: RegionPlan) -> RegionPlan:
+    """The plan with all entries that its dense blocks have room for."""
+    if plan.decision not in {"shrink", "split"}:
+        return plan
+    masks: list[NDArray[np.bool_]] = []
+    for site, mask in zip(region.sites, plan.masks, strict=True):
+        source, target = region.axis_of[site.input], region.axis_of[site.output]
+        blocks = [(branch.units[source], branch.units[target]) for branch in plan.branches]
+        masks.append(fill(mask, blocks))
+    return dataclasses.replace(plan, masks=tuple(masks))
 
 
 def _absorbable(tried: Attempt) -> dict[str, int]:

@@ -143,7 +143,7 @@ class _Walk:
     def _elementwise(self, node: onnx.NodeProto) -> Units:
         size = self._size(node.output[0])
         names = [name for name in node.input if name]
-        operands = [self._operand(name, size) for name in names]
+        operands = [self._operand(name) for name in names]
         varies = read_by(operands, size, product=node.op_type == "Mul")
         if varies.all() or not _stays_float(node):
             return anything(size)
@@ -158,7 +158,7 @@ class _Walk:
             np.broadcast_to(values, (*values.shape[:-1], size)), varies, self._largest
         )
 
-    def _operand(self, name: str, size: int) -> Units:
+    def _operand(self, name: str) -> Units:
         """What is known of an operand; a constant that differs between positions is steady nowhere."""
         if name in self._region.axis_of:
             return self._known[name]

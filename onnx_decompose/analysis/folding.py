@@ -90,7 +90,8 @@ def fold_rows(
         mask: (K, N) bool, the supported entries.
 
     Returns:
-        The mask without those rows, and what they add to every output, (N,) float64.
+        The mask without those rows, and what they add to every output, (N,) float64. A constant costs nothing, so
+        that unsupported entries of those rows count too.
     """
     total = np.zeros(weight.shape[1])
     constant = np.flatnonzero(~units.varies)
@@ -98,5 +99,5 @@ def fold_rows(
         return mask, total
     for start in range(0, constant.size, _ROWS_AT_A_TIME):
         rows = constant[start : start + _ROWS_AT_A_TIME]
-        total += units.value[rows] @ np.where(mask[rows], weight[rows], 0).astype(np.float64)
+        total += units.value[rows] @ weight[rows].astype(np.float64)
     return mask & units.varies[:, None], total
