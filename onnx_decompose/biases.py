@@ -65,10 +65,9 @@ class Bias:
         if (self.scale == 1).all():
             return weight
         with np.errstate(over="ignore"):
-            scaled = np.empty(weight.shape, weight.dtype)
-            return np.multiply(
-                weight, self.scale, out=scaled, dtype=np.float64, casting="unsafe"
-            )
+            scaled: NDArray[Any] = np.empty(weight.shape, weight.dtype)
+            np.multiply(weight, self.scale, out=scaled, dtype=np.float64, casting="unsafe")
+            return scaled
 
 
 def find_biases(

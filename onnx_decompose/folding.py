@@ -88,7 +88,7 @@ class _Walk:
         self._sites = {site.node: site for site in region.sites}
         self._biases: Mapping[str, Bias] | None = None
         weight = study.weight(region.sites[0])
-        self._dtype, self._largest = weight.dtype, largest_number(weight.dtype)
+        self._largest = largest_number(weight.dtype)
         self._known = {name: anything(self._size(name)) for name in region.entries}
         self.masks = {site.name: masks[site.name] for site in region.sites}
         self.added: dict[str, FloatArray] = {}
@@ -111,9 +111,9 @@ class _Walk:
         if units.varies.all() and mask.any(axis=0).all():
             return anything(site.shape[1])
         folded, total = fold_rows(units, self._study.weight(site), mask)
-        if total.any() and not self._fits(self._bias(site), total):
+        if total.any() and not self._fits(site, total):
             return anything(site.shape[1])
-        rows = np.count_nonzero(mask.any(axis=1) & ~units.varies)
+        rows = int(np.count_nonzero(mask.any(axis=1) & ~units.varies))
         if rows:
             self.masks[site.name] = folded
             self.rows += rows
@@ -125,16 +125,14 @@ class _Walk:
         if len(node.input) > 2 and node.input[2]:
             held = self._study.constants.array(node.input[2]).astype(np.float64)
             total = total + attributes.get("beta", 1.0) * held
-        return settle(total, folded.any(axis=0), self._largest)
+        return settle(total, np.asarray(folded.any(axis=0)), self._largest)
 
-    def _bias(self, site: Site) -> Bias:
+    def _fits(self, site: Site, total: FloatArray) -> bool:
+        """Whether ``total`` can be added where the bias is, in the weight's type."""
         if self._biases is None:  # only where something is constant: most regions never ask
             self._biases = find_biases(self._graph, self._region.sites, self._study.constants)
-        return self._biases[site.name]
-
-    def _fits(self, bias: Bias, total: FloatArray) -> bool:
-        """Whether ``total`` can be added where the bias is, in the weight's type."""
-        if not np.isfinite(bias.stored(total, self._dtype)).all():
+        bias = self._biases[site.name]
+        if not np.isfinite(bias.stored(total, self._study.weight(site).dtype)).all():
             return False
         if not bias.inside and not bias.nodes:
             return opset_of(self._study.model.proto) >= _ADD_BROADCASTS_FROM

@@ -53,7 +53,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 
 def largest_number(dtype: np.dtype[Any]) -> float:
     """The largest finite number of a floating-point type, bfloat16 included."""
-    return float(ml_dtypes.finfo(dtype).max)
+    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -63,13 +63,13 @@ class ReplaceWeights(GraphPass):
         places = self._places(model)
         for site in dict.fromkeys((*self.biases, *self.absorbed)):
             bias = places[site.name]
-            tensor = None
+            stored: str | None = None
             if site in self.biases:
                 wanted = f"{bias.constant or site.output + '.bias'}.folded"
                 shape = (*(1 for _ in range(bias.axes)), -1)
-                tensor = edit.constant(wanted, self.biases[site].reshape(shape))
-                self.record[site.name] = tensor
-            self.outputs[site.name] = edit.affine(site, bias, tensor)
+                stored = edit.constant(wanted, self.biases[site].reshape(shape))
+                self.record[site.name] = stored
+            self.outputs[site.name] = edit.affine(site, bias, stored)
         proto = with_nodes(model.proto, edit.ordered(), edit.tensors.values())
         return PassResult(Model(proto, model.path), modified=True)
 
@@ -83,7 +83,7 @@ class _Edit:
     """A graph's nodes while some of them are replaced by changed copies; the graph itself stays as it is."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self.nodes = list(graph.node)
+        self.nodes: list[onnx.NodeProto] = list(graph.node)
         self.tensors: dict[str, gs.Constant] = {}
         self._owned: set[int] = set()
         self._after: dict[int, onnx.NodeProto] = {}

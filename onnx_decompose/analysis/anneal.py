@@ -43,7 +43,7 @@ def fill(
     Returns:
         (K, N) bool: ``mask``, and what the blocks hold beside it between units that have an entry in it.
     """
-    rows, columns = mask.any(axis=1), mask.any(axis=0)
+    rows, columns = np.asarray(mask.any(axis=1)), np.asarray(mask.any(axis=0))
     filled = mask.copy()
     for inputs, outputs in blocks:
         filled[np.ix_(inputs, outputs)] |= rows[inputs, None] & columns[outputs]

@@ -38,7 +38,8 @@ class Units:
     @property
     def is_zero(self) -> BoolArray:
         """(N,) bool, the units that are always zero."""
-        return ~self.varies & (self.value == 0)
+        zero: BoolArray = ~self.varies & (self.value == 0)
+        return zero
 
 
 def anything(size: int) -> Units:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnx_decompose.analysis.criteria import make_criterion
+from onnx_decompose.analysis.criteria import Selection, make_criterion
 from onnx_decompose.decompose import Attempt, annealed_model, attempt, rewritten_model
 from onnx_decompose.gather import gather_all
 from onnx_decompose.metadata import read_decomposition, write_decomposition
@@ -25,6 +26,8 @@ from tests.passes.harness import FREE, Rewritten, blocks, check_parity, check_re
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.criteria import Criterion
+    from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.metadata import Decomposition
     from onnx_decompose.plan import Emit
 
@@ -60,12 +63,30 @@ class Folded:
         )
 
 
-def fold(source: onnx.ModelProto, emit: Emit = "shrink") -> Folded:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Over:
+    """Entries over a threshold are supported."""
+
+    threshold: float
+    name: str = "over"
+
+    def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:  # noqa: ARG002
+        mask = np.abs(evidence.weight) > self.threshold
+        share = float(1 - mask.mean())
+        return Selection(mask, self.name, None, share, (share, share))
+
+    def looser(self) -> None:
+        return None
+
+
+def fold(
+    source: onnx.ModelProto, emit: Emit = "shrink", criterion: Criterion | None = None
+) -> Folded:
     study = study_model(load_model(source))
     tried = attempt(
         study,
         gather_all(study, Options(), "zero"),
-        make_criterion("fdr", 0.01),
+        criterion or make_criterion("fdr", 0.01),
         cost=FREE,
         emit=emit,
         rng=np.random.default_rng(0),
@@ -102,6 +123,11 @@ def tensors(
         "b2": rng.standard_normal(4),
     }
     return {name: values.astype(dtype) for name, values in (made | more).items()}
+
+
+def used(text: str, given: dict[str, Array]) -> dict[str, Array]:
+    """The tensors that a graph reads."""
+    return {name: t for name, t in given.items() if re.search(rf"\b{name}\b", text)}
 
 
 def chain(
@@ -325,6 +351,145 @@ def test_other_floats(
         study.model.proto, annealed_model(tried).proto, rewritten.proto, list(tried.plans), {}
     )
     check_parity(result, rng, reference=reference)
+
+
+@pytest.mark.parametrize("form", ["Constant", "Identity"])
+def test_a_bias_in_a_node_of_its_own(form: str, rng: np.random.Generator) -> None:
+    """The node goes when nothing reads it any more, and what follows it moves up."""
+    given = tensors(rng)
+    text = """g (float[B, 4] x) => (float[B, 4] y) {
+        c = Identity(b2) h = MatMul(x, w1) a = Add(h, b1) r = Relu(a) o = MatMul(r, w2) y = Add(c, o)
+    }"""
+    model = parse(text, given)
+    if form == "Constant":
+        value = numpy_helper.from_array(given["b2"])
+        model.graph.node[0].CopyFrom(onnx.helper.make_node(form, [], ["c"], value=value))
+        del model.graph.initializer[-1]
+    folded = fold(model)
+    assert folded.result.ops == ["MatMul", "Add", "Relu", "MatMul", "Add"]
+    assert folded.claim
+    check_parity(folded.result, rng)
+
+
+class TestAbsorbing:
+    """Scales and shifts after a site, where entries are removed in any case."""
+
+    @staticmethod
+    def given(rng: np.random.Generator, **more: Array) -> dict[str, Array]:
+        """Units 3 and 5 have next to no input; one entry between live units is next to nothing too."""
+        made = tensors(rng, s=rng.uniform(0.5, 2, 6), t=rng.standard_normal(6), **more)
+        made["w1"][:, [3, 5]] = 1e-6
+        made["w1"][2, 1] = 1e-6
+        return made
+
+    @pytest.mark.parametrize(
+        ("tail", "ops"),
+        [
+            ("a = Add(h, b1) m = Mul(a, s) z = Add(m, t)", ["MatMul", "Add"]),
+            ("m = Mul(s, h) z = Add(t, m)", ["MatMul", "Add"]),
+            ("z = Mul(h, s)", ["MatMul"]),
+            ("a = Add(h, b1) z = Add(a, t)", ["MatMul", "Add"]),
+            ("a = Add(h, b1) z = Mul(a, s)", ["MatMul", "Add"]),
+            ("z = Add(h, b1)", ["MatMul", "Add"]),
+        ],
+    )
+    def test_after_a_matmul(self, tail: str, ops: list[str], rng: np.random.Generator) -> None:
+        text = f"""g (float[B, 4] x) => (float[B, 4] y) {{
+            h = MatMul(x, w1) {tail} q = Sigmoid(z) r = Mul(z, q) o = MatMul(r, w2) y = Add(o, b2)
+        }}"""
+        folded = fold(parse(text, used(text, self.given(rng))), criterion=Over(1e-3))
+        assert folded.result.ops == [*ops, "Sigmoid", "Mul", "MatMul", "Add"]
+        assert folded.widths == [[4, 4, 4]]
+        assert folded.claim
+        check_parity(folded.result, rng, exact=False)
+        check_parity(folded.result, rng, tolerance=1e-4)
+
+    def test_the_weight_by_hand(self, rng: np.random.Generator) -> None:
+        given = self.given(rng)
+        text = """g (float[B, 4] x) => (float[B, 4] y) {
+            h = MatMul(x, w1) a = Add(h, b1) m = Mul(a, s) z = Add(m, t) r = Relu(z)
+            o = MatMul(r, w2) y = Add(o, b2)
+        }"""
+        folded = fold(parse(text, given), criterion=Over(1e-3))
+        live = [0, 1, 2, 4]
+        wide = {name: values.astype(np.float64) for name, values in given.items()}
+        weight = (wide["w1"] * wide["s"]).astype(np.float32)[:, live]
+        bias = (wide["b1"] * wide["s"] + wide["t"]).astype(np.float32)[live]
+        np.testing.assert_array_equal(folded.tensor("w1.block0"), weight)
+        np.testing.assert_array_equal(folded.tensor("t.folded.branch0"), bias)
+        site = folded.decomposition.sites["h"]
+        assert (site.absorbed, site.annealing) == (3, "masked")
+        assert folded.decomposition.sites["o"].absorbed is None
+
+    @pytest.mark.parametrize("bias", [None, (6,), (1, 6), ()], ids=str)
+    def test_after_a_gemm(self, bias: tuple[int, ...] | None, rng: np.random.Generator) -> None:
+        given = self.given(rng)
+        del given["b1"]
+        if bias is not None:
+            given["c"] = rng.standard_normal(bias).astype(np.float32)
+        inputs = "x, w1" if bias is None else "x, w1, c"
+        text = f"""g (float[B, 4] x) => (float[B, 4] y) {{
+            h = Gemm <alpha = 2.0, beta = 0.5> ({inputs}) m = Mul(h, s) z = Add(m, t) r = Tanh(z)
+            o = MatMul(r, w2) y = Add(o, b2)
+        }}"""
+        folded = fold(parse(text, given), criterion=Over(1e-3))
+        assert folded.result.ops == ["Gemm", "Tanh", "MatMul", "Add"]
+        assert folded.claim
+        check_parity(folded.result, rng, tolerance=1e-4)
+
+    def test_the_last_value_may_be_read_outside(self, rng: np.random.Generator) -> None:
+        text = """g (float[B, T, 4] x) => (float[B, T, 4] y, float[B, T, 4] z) {
+            h = MatMul(x, w1) a = Add(h, b1) r = Relu(a) o = MatMul(r, w2) m = Mul(o, s) z = Add(m, b2)
+            q = Tanh(z) y = MatMul(q, w3)
+        }"""
+        given = self.given(rng, w3=blocks(rng, ALL, ALL))
+        given["s"] = given["s"][:4].reshape(1, 1, 4)
+        folded = fold(parse(text, given), criterion=Over(1e-3))
+        assert folded.result.ops == ["MatMul", "Add", "Relu", "MatMul", "Add", "Tanh", "MatMul"]
+        assert folded.claim
+        check_parity(folded.result, rng, tolerance=1e-4)
+
+    @pytest.mark.parametrize(
+        "tail",
+        [
+            "m = Mul(h, s) z = Add(m, h)",  # the product is read twice
+            "m = Mul(h, p) z = Add(m, t)",  # a scale per position
+            "m = Mul(h, h) z = Add(m, t)",
+        ],
+    )
+    def test_what_is_no_scale_stays(self, tail: str, rng: np.random.Generator) -> None:
+        text = f"""g (float[B, 3, 4] x) => (float[B, 3, 4] y) {{
+            h = MatMul(x, w1) {tail} r = Relu(z) o = MatMul(r, w2) y = Add(o, b2)
+        }}"""
+        given = self.given(rng, p=rng.standard_normal((3, 6)))
+        given = used(text, given)
+        folded = fold(parse(text, given), criterion=Over(1e-3))
+        assert folded.tried.rewrites
+        assert [n for n in folded.result.ops if n == "Mul"] == ["Mul"]
+        assert folded.claim
+
+    def test_where_no_entry_is_removed_nothing_is_rounded_anew(
+        self, rng: np.random.Generator
+    ) -> None:
+        given = tensors(rng, s=rng.uniform(0.5, 2, 6), t=rng.standard_normal(6))
+        folded = fold(chain("m = Mul(a, s) z = Add(m, t) r = Relu(z)", given=given))
+        assert folded.widths == [[4, 4, 4]]
+        assert folded.result.ops.count("Mul") == 1
+        assert folded.decomposition.sites["h"].absorbed is None
+
+    def test_a_scale_that_is_not_the_original_s_fails_the_proof(
+        self, rng: np.random.Generator
+    ) -> None:
+        text = """g (float[B, 4] x) => (float[B, 4] y) {
+            h = MatMul(x, w1) z = Mul(h, s) r = Relu(z) o = MatMul(r, w2) y = Add(o, b2)
+        }"""
+        given = used(text, self.given(rng))
+        folded = fold(parse(text, given), criterion=Over(1e-3))
+        other = parse(text, given | {"s": given["s"] * np.float32(1.0001)})
+        fault = prove_structure(Model(other), Model(folded.result.proto), folded.decomposition)[
+            0
+        ]
+        assert fault == "site 'h': entry (0, 0) is neither the original's nor zero"
 
 
 class TestRefusals:
