@@ -265,7 +265,9 @@ def structural_claim(
     measured = _measure_structural(
         annealed, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
     )
-    what = f"{len(weights)} weights" + (f" and {len(biases)} biases" if biases else "")
+    what = f"{len(weights)} weights"
+    if biases:
+        what += f" and {len(biases)} bias{'es' if len(biases) > 1 else ''}"
     proved = f"{what} rebuilt bit for bit; " if weights else ""
     return dataclasses.replace(measured, reason=proved + measured.reason, sites=len(weights))
 
