@@ -29,6 +29,7 @@ __all__ = [
     "Block",
     "Decomposition",
     "Reordered",
+    "FoldedBias",
     "SiteBlocks",
     "digest",
     "parse_units",
@@ -42,7 +43,10 @@ VERSION_KEY = "onnx_decompose.version"
 DECOMPOSITION_KEY = "onnx_decompose.decomposition"
 
 Annealing = Literal["exact", "masked", "refitted"]
-"""What became of a weight: only exact zeros removed; other entries removed; entries changed."""
+"""What became of a weight: only exact zeros removed; other entries removed or folded; entries changed.
+
+Scales that are absorbed change every entry in a way of its own, which the original tells: see ``SiteBlocks.absorbed``.
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +109,19 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class FoldedBias:
+    """A site's annealed bias, where it is not the original's, and where the rewritten model stores it.
+
+    Attributes:
+        sha256: of the annealed bias's bytes, (N,).
+        blocks: the branches' parts, each of one row; what no block covers is the original's bias.
+    """
+
+    sha256: str
+    blocks: tuple[Block, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class SiteBlocks:
     """How one site's dense weight is spread over blocks.
 
@@ -114,6 +131,9 @@ class SiteBlocks:
         annealing: what became of the weight.
         sha256: of the annealed dense weight's bytes, (K, N) in C order.
         blocks: the branches' parts; what no block covers is zero.
+        bias: its bias, where that is another one: constant units were folded into it, or what followed it was absorbed.
+        absorbed: how many nodes after the site (``biases.absorbable``) are in its weight and bias now; None where the
+            weight keeps its scale.
     """
 
     site: str
@@ -121,6 +141,8 @@ class SiteBlocks:
     annealing: Annealing
     sha256: str
     blocks: tuple[Block, ...]
+    bias: FoldedBias | None = None
+    absorbed: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -202,15 +224,7 @@ def write_decomposition(
     proto: onnx.ModelProto, decomposition: Decomposition, version: str
 ) -> None:
     """Put ``decomposition`` into the metadata of ``proto``, in place of what was there."""
-    sites = {
-        site.site: {
-            "shape": list(site.shape),
-            "annealing": site.annealing,
-            "sha256": site.sha256,
-            "blocks": [_block_json(block) for block in site.blocks],
-        }
-        for site in decomposition.sites.values()
-    }
+    sites = {site.site: _site_json(site) for site in decomposition.sites.values()}
     content: dict[str, Any] = {
         "format": FORMAT,
         "budget": decomposition.budget,
@@ -259,9 +273,35 @@ def _site_blocks(name: str, fields: Mapping[str, Any]) -> SiteBlocks:
     if fields["annealing"] not in get_args(Annealing):
         raise ValueError(f"site '{name}': annealing {fields['annealing']!r}")
     blocks = tuple(_block(block, inputs, outputs) for block in fields["blocks"])
+    bias = None
+    if "bias" in fields:
+        parts = tuple(_block(block, 1, outputs) for block in fields["bias"]["blocks"])
+        bias = FoldedBias(str(fields["bias"]["sha256"]), parts)
+    absorbed = _index(fields["absorbed"]) if "absorbed" in fields else None
     return SiteBlocks(
-        name, (inputs, outputs), fields["annealing"], str(fields["sha256"]), blocks
+        name,
+        (inputs, outputs),
+        fields["annealing"],
+        str(fields["sha256"]),
+        blocks,
+        bias,
+        absorbed,
     )
+
+
+def _site_json(site: SiteBlocks) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "shape": list(site.shape),
+        "annealing": site.annealing,
+        "sha256": site.sha256,
+        "blocks": [_block_json(block) for block in site.blocks],
+    }
+    if site.bias is not None:
+        parts = [_block_json(block) for block in site.bias.blocks]
+        fields["bias"] = {"sha256": site.bias.sha256, "blocks": parts}
+    if site.absorbed is not None:
+        fields["absorbed"] = site.absorbed
+    return fields
 
 
 def _block_json(block: Block) -> dict[str, Any]:

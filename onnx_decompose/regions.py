@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from onnx_decompose.constants import Constants
     from onnx_decompose.shapes import Dim
 
-__all__ = ["Region", "elementwise_values", "find_regions", "reads", "single_site_regions"]
+__all__ = [
+    "Region",
+    "elementwise_values",
+    "find_regions",
+    "reads",
+    "single_site_regions",
+    "value_readers",
+]
 
 _ELEMENTWISE = {
     *("Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Round"),
@@ -95,7 +102,7 @@ def find_regions(
     for index in sorted(members):
         value = graph.node[index].output[0]
         grouped.setdefault(parts.find(axes.find(value)), []).append(index)
-    readers = _readers(graph)
+    readers = value_readers(graph)
     return tuple(
         _region(graph, nodes, site_at, elementwise, axes, readers) for nodes in grouped.values()
     )
@@ -110,7 +117,7 @@ def single_site_regions(
     """Each site as a region of its own, with its bias; arguments as of :func:`find_regions`."""
     site_at = {site.node: site for site in sites}
     elementwise = elementwise_values(graph, sites, constants, shapes)
-    readers = _readers(graph)
+    readers = value_readers(graph)
     regions: list[Region] = []
     for site in sites:
         nodes = [site.node]
@@ -246,7 +253,7 @@ def _adds_constant(node: onnx.NodeProto, constants: Constants) -> bool:
     return node.op_type == "Add" and any(name in constants for name in node.input)
 
 
-def _readers(graph: onnx.GraphProto) -> dict[str, set[int]]:
+def value_readers(graph: onnx.GraphProto) -> dict[str, set[int]]:
     """Value name -> indices of the nodes that read it; the graph's own outputs count as node -1."""
     readers: dict[str, set[int]] = {}
     for index, node in enumerate(graph.node):

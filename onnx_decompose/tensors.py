@@ -20,6 +20,7 @@ __all__ = [
     "graph_inputs",
     "graph_outputs",
     "is_float",
+    "largest_number",
     "tensor_dtype",
 ]
 
@@ -48,6 +49,11 @@ def tensor_dtype(type_name: str) -> np.dtype[Any] | None:
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether a dtype is a real floating-point type, bfloat16 included."""
     return bool(np.issubdtype(dtype, np.floating)) or dtype == BFLOAT16
+
+
+def largest_number(dtype: np.dtype[Any]) -> float:
+    """The largest finite number of a floating-point type, bfloat16 included."""
+    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

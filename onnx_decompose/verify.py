@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.biases import find_biases
 from onnx_decompose.cases import made_up_cases, open_model, runnable, sample_cases
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import ModelError, OptionError
-from onnx_decompose.metadata import Decomposition, SiteBlocks, digest, read_decomposition
+from onnx_decompose.metadata import Decomposition, digest, read_decomposition
 from onnx_decompose.metrics import DeviationAccumulator
 from onnx_decompose.model_io import Model, read_tensor
 from onnx_decompose.passes.replace_weights import ReplaceWeights
@@ -26,13 +27,14 @@ from onnx_decompose.sites import Site, find_sites, site_weight
 from onnx_decompose.tensors import graph_inputs, graph_outputs, is_float
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import onnx
     from numpy.typing import NDArray
 
     from onnx_decompose.cases import Case
     from onnx_decompose.feeds import Feeds
+    from onnx_decompose.metadata import Block, SiteBlocks
     from onnx_decompose.metrics import Deviation, Metric
     from onnx_decompose.samples import Samples
     from onnx_decompose.sessions import Provider
@@ -254,30 +256,40 @@ def structural_claim(
         raise ModelError(
             f"{rewritten.label}: was not rewritten by onnx-decompose; only claim B can be checked"
         )
-    fault, weights = prove_structure(original, rewritten, decomposition)
+    fault, weights, biases = prove_structure(original, rewritten, decomposition)
     if fault is not None:
         return StructuralClaim(False, fault, len(weights), 0, float("nan"))
-    annealed = ReplaceWeights(weights)(original).model
+    counts = _absorbed(decomposition)
+    absorbed = {site: counts[site.name] for site in weights if site.name in counts}
+    annealed = ReplaceWeights(weights, biases, absorbed)(original).model
     measured = _measure_structural(
         annealed, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
     )
-    proved = f"{len(weights)} weights rebuilt bit for bit; " if weights else ""
+    what = f"{len(weights)} weights"
+    if biases:
+        what += f" and {len(biases)} bias{'es' if len(biases) > 1 else ''}"
+    proved = f"{what} rebuilt bit for bit; " if weights else ""
     return dataclasses.replace(measured, reason=proved + measured.reason, sites=len(weights))
 
 
 def prove_structure(
     original: Model, rewritten: Model, decomposition: Decomposition
-) -> tuple[str | None, dict[Site, NDArray[Any]]]:
-    """Rebuild every rewritten weight from its blocks and compare bit for bit, before anything runs.
+) -> tuple[str | None, dict[Site, NDArray[Any]], dict[Site, NDArray[Any]]]:
+    """Rebuild every rewritten weight and folded bias from its blocks and compare bit for bit, before anything runs.
 
     Returns:
-        What is wrong first, or None; and the annealed weights by site of the original, (K, N) each.
+        What is wrong first, or None; and by site of the original the annealed weights, (K, N) each, and the biases
+        that are not the original's, (N,) each.
     """
     constants = Constants(original)
     sites = {site.name: site for site in find_sites(original, constants)[0]}
     stored = {tensor.name: tensor for tensor in rewritten.proto.graph.initializer}
     fault: str | None = None
     weights: dict[Site, NDArray[Any]] = {}
+    biases: dict[Site, NDArray[Any]] = {}
+    places = find_biases(
+        original.proto.graph, sites.values(), constants, _absorbed(decomposition)
+    )
     for name, blocks in decomposition.sites.items():
         site = sites.get(name)
         if site is None or site.shape != blocks.shape:
@@ -285,17 +297,30 @@ def prove_structure(
                 f"{rewritten.label}: was not made from {original.label}: it has no site '{name}' of shape "
                 f"{list(blocks.shape)}; give the model that was rewritten"
             )
-        before = site_weight(site, constants)
-        reason, rebuilt = _rebuild(rewritten, stored, blocks, before.dtype)
+        bias = places[name]
+        before = bias.scaled(site_weight(site, constants))
+        reason, rebuilt = _rebuild(rewritten, stored, blocks.blocks, np.zeros_like(before))
         if rebuilt is None:
-            return f"site '{name}': {reason}", weights
+            return f"site '{name}': {reason}", weights, biases
         fault = fault or reason or _compare_weights(blocks, before, rebuilt)
         weights[site] = rebuilt
+        if blocks.bias is None:
+            continue
+        held = bias.stored(0.0, before.dtype)
+        reason, row = _rebuild(
+            rewritten, stored, blocks.bias.blocks, held[None, :], is_bias=True
+        )
+        if row is None:
+            return f"site '{name}': {reason}", weights, biases
+        if digest(row[0]) != blocks.bias.sha256:
+            reason = f"site '{name}': the bias rebuilt from its blocks is not the annealed bias"
+        fault = fault or reason
+        biases[site] = row[0]
     fault = fault or _compare_reordered(rewritten, stored, decomposition, constants)
     changed = _changed_tensor(original, rewritten)
     if fault is None and changed is not None:
         fault = f"tensor '{changed}', which was not rewritten, is not the original's"
-    return fault, weights
+    return fault, weights, biases
 
 
 def measure_annealing(
@@ -376,19 +401,34 @@ def _compare_reordered(
 
 
 def _rebuild(
-    model: Model, stored: Mapping[str, onnx.TensorProto], site: SiteBlocks, dtype: np.dtype[Any]
+    model: Model,
+    stored: Mapping[str, onnx.TensorProto],
+    blocks: Sequence[Block],
+    rest: NDArray[Any],
+    *,
+    is_bias: bool = False,
 ) -> tuple[str | None, NDArray[Any] | None]:
-    """The dense weight from its blocks, (K, N), and what is wrong with them; no weight where it cannot be made."""
-    rebuilt = np.zeros(site.shape, dtype)
-    covered = np.zeros(site.shape, bool)
+    """A dense weight or bias from its blocks, and what is wrong with them; no array where it cannot be made.
+
+    Args:
+        model: the rewritten model.
+        stored: its initializers by name.
+        blocks: the parts.
+        rest: (K, N), or (1, N) for a bias: what stands where no block is.
+        is_bias: the stored tensors are rows of units, whatever axes of size 1 they have.
+    """
+    rebuilt = rest.copy()
+    covered = np.zeros(rest.shape, bool)
     named: dict[str, NDArray[np.bool_]] = {}
-    for block in site.blocks:
+    for block in blocks:
         tensor = stored.get(block.initializer)
         if tensor is None:
             return f"block '{block.initializer}' is missing", None
         values = read_tensor(model, tensor)
-        if values.dtype != dtype:
+        if values.dtype != rest.dtype:
             return f"block '{block.initializer}' has another type", None
+        if is_bias:
+            values = _as_rows(values, block)
         units = np.ix_(block.rows, block.columns)
         try:
             rebuilt[units] = block.read(values)
@@ -404,9 +444,25 @@ def _rebuild(
         block.view(used)[np.ix_(*block.places)] = True
     for name, used in named.items():
         # A stack of unequal blocks is padded; whatever stands in the padding takes part in the product.
-        if (read_tensor(model, stored[name])[~used] != 0).any():
+        values = read_tensor(model, stored[name])
+        if (values.reshape(used.shape)[~used] != 0).any():
             return f"block '{name}' holds entries that are no part of the weight", rebuilt
     return None, rebuilt
+
+
+def _absorbed(decomposition: Decomposition) -> dict[str, int]:
+    """How many nodes after each site its weight and bias hold, by site name."""
+    return {
+        name: site.absorbed
+        for name, site in decomposition.sites.items()
+        if site.absorbed is not None
+    }
+
+
+def _as_rows(values: NDArray[Any], block: Block) -> NDArray[Any]:
+    """A row of units, or a stack of such, as the matrices that ``block`` reads."""
+    stack = () if block.part is None else values.shape[:1]
+    return values.reshape(*stack, *((-1, 1) if block.transposed else (1, -1)))
 
 
 def _compare_weights(

@@ -54,6 +54,7 @@ class TensorOps:
         self._ranks = ranks
         self.fresh = fresh
         self.placed: list[Placed] = []
+        self.constants: dict[str, list[Block]] = {}
 
     def axis(self, value: str) -> int:
         """The last axis of ``value`` as an attribute; negative axes came with operator set 11."""
@@ -71,6 +72,15 @@ class TensorOps:
         name = self.fresh.name(f"{outputs[0].name}.{op}")
         node = gs.Node(op, name, attrs or {}, list(inputs), list(outputs))
         self.placed.append(Placed(node, place, None))
+
+    def note(self, constant: str, units: NDArray[np.intp], stored: str, **places: Any) -> None:
+        """Write down where ``units`` of a per-unit constant lie now; ``places`` as of :class:`Block`.
+
+        An emitter notes every per-unit constant that its nodes read: a folded bias that is not noted cannot be proved.
+        """
+        row = np.zeros(1, dtype=np.intp)
+        block = Block(row, units, stored, places.pop("transposed", False), **places)
+        self.constants.setdefault(constant, []).append(block)
 
     def split(
         self, value: Value, sizes: Sequence[int], outputs: Sequence[Value], place: int
@@ -270,10 +280,14 @@ class BranchEmitter:
         shape = self._constants[name].shape
         size = self._region.axis_sizes[axis]
         units = self._branches[number].units[axis]
-        if not shape or shape[-1] != size or np.array_equal(units, np.arange(size)):
+        if not shape or shape[-1] != size:
             return gs.Variable(name)
-        values = self._constants.array(name)[..., units]
-        return self._ops.fresh.constant(f"{name}.branch{number}", values)
+        stored: Value = gs.Variable(name)
+        if not np.array_equal(units, np.arange(size)):
+            values = self._constants.array(name)[..., units]
+            stored = self._ops.fresh.constant(f"{name}.branch{number}", values)
+        self._ops.note(name, units, stored.name)
+        return stored
 
 
 def _by_first(positions: Sequence[NDArray[np.intp]]) -> list[int]:

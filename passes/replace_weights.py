@@ -1,4 +1,4 @@
-"""The annealed model: the original graph with other weights in it."""
+"""The annealed model: the original graph with other weights and biases in it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from onnx_decompose.biases import find_biases
+from onnx_decompose.constants import Constants
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult
 from onnx_decompose.passes.splice import Fresh, constant_nodes, with_nodes
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
+    from onnx_decompose.biases import Bias
     from onnx_decompose.sites import Site
 
 __all__ = ["ReplaceWeights"]
@@ -25,33 +28,116 @@ __all__ = ["ReplaceWeights"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReplaceWeights(GraphPass):
-    """Give each of some sites a new dense weight, and leave every other reader of the old tensor alone.
+    """Give some sites a new dense weight or bias, and leave every other reader of the old tensors alone.
 
     Attributes:
         weights: site -> its new weight, (K, N), of the old one's type.
+        biases: site -> its new bias, (N,), of the weight's type, stored where ``biases.find_biases`` says; where
+            that is nowhere, an Add takes over the site's output.
+        absorbed: site -> how many of the nodes after it (``biases.absorbable``) its new weight and bias stand for.
+        record: filled with the initializer that holds each new bias, by site name.
+        outputs: filled with the value that a site's own node makes now, by site name, where it is another one.
     """
 
     weights: Mapping[Site, NDArray[Any]]
+    biases: Mapping[Site, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    absorbed: Mapping[Site, int] = dataclasses.field(default_factory=dict)
+    record: dict[str, str] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
-        """The sites, which read tensors of their own now, and the constant nodes that only they read."""
-        sites = {site.node for site in self.weights}
-        return frozenset(sites | constant_nodes(model.proto.graph))
+        """The sites and their biases, which read tensors of their own now, and the constants that only they read."""
+        sites = {site.node for site in (*self.weights, *self.biases, *self.absorbed)}
+        after = {node for bias in self._places(model).values() for node in bias.nodes}
+        return frozenset(sites | after | constant_nodes(model.proto.graph))
 
     def call(self, model: Model) -> PassResult:
-        """Add an initializer for each new weight and point the site's node to it."""
-        if not self.weights:
+        """Add an initializer for each new weight and bias, and point the node that uses it to it."""
+        if not (self.weights or self.biases or self.absorbed):
             return PassResult(model, modified=False)
-        nodes = list(model.proto.graph.node)
-        fresh = Fresh(model.proto.graph)
-        tensors: dict[str, gs.Constant] = {}
+        edit = _Edit(model.proto.graph)
         for site, weight in self.weights.items():
-            node = onnx.NodeProto()
-            node.CopyFrom(nodes[site.node])
-            flipped = bool(attribute_values(node).get("transB", 0))
-            tensor = fresh.constant(f"{site.tensor}.annealed", weight.T if flipped else weight)
-            node.input[1] = tensor.name
-            tensors[tensor.name] = tensor
-            nodes[site.node] = node
-        proto = with_nodes(model.proto, nodes, tensors.values())
+            flipped = bool(attribute_values(edit.nodes[site.node]).get("transB", 0))
+            tensor = edit.constant(f"{site.tensor}.annealed", weight.T if flipped else weight)
+            edit.own(site.node).input[1] = tensor
+        places = self._places(model)
+        for site in dict.fromkeys((*self.biases, *self.absorbed)):
+            bias = places[site.name]
+            stored: str | None = None
+            if site in self.biases:
+                wanted = f"{bias.constant or site.output + '.bias'}.folded"
+                shape = (*(1 for _ in range(bias.axes)), -1)
+                stored = edit.constant(wanted, self.biases[site].reshape(shape))
+                self.record[site.name] = stored
+            self.outputs[site.name] = edit.affine(site, bias, stored)
+        proto = with_nodes(model.proto, edit.ordered(), edit.tensors.values())
         return PassResult(Model(proto, model.path), modified=True)
+
+    def _places(self, model: Model) -> Mapping[str, Bias]:
+        sites = dict.fromkeys((*self.biases, *self.absorbed))
+        counts = {site.name: count for site, count in self.absorbed.items()}
+        return find_biases(model.proto.graph, sites, Constants(model), counts) if sites else {}
+
+
+class _Edit:
+    """A graph's nodes while some of them are replaced by changed copies; the graph itself stays as it is."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.nodes: list[onnx.NodeProto] = list(graph.node)
+        self.tensors: dict[str, gs.Constant] = {}
+        self._owned: set[int] = set()
+        self._after: dict[int, onnx.NodeProto] = {}
+        self._gone: set[int] = set()
+        self._fresh = Fresh(graph)
+
+    def constant(self, wanted: str, values: NDArray[Any]) -> str:
+        """The name of a new initializer."""
+        tensor = self._fresh.constant(wanted, values)
+        self.tensors[tensor.name] = tensor
+        return str(tensor.name)
+
+    def own(self, index: int) -> onnx.NodeProto:
+        """A node that may be changed."""
+        if index not in self._owned:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(self.nodes[index])
+            self.nodes[index] = copy
+            self._owned.add(index)
+        return self.nodes[index]
+
+    def affine(self, site: Site, bias: Bias, tensor: str | None) -> str:
+        """Let the constant ``tensor`` (None: nothing) take the place of a site's bias and the nodes that make it.
+
+        Returns:
+            The value that the site's own node makes now.
+        """
+        node = self.own(site.node)
+        last = self.nodes[bias.nodes[-1]].output[0] if bias.nodes else site.output
+        if bias.inside and tensor is not None:
+            node.input.extend("" for _ in range(len(node.input), 3))
+            node.input[2] = tensor
+        if bias.inside or tensor is None:
+            node.output[0] = last
+            self._gone.update(bias.nodes)
+        elif bias.nodes:
+            self._gone.update(bias.nodes[:-1])
+            add = self.own(bias.nodes[-1])
+            add.op_type = "Add"
+            add.input[:] = [site.output, tensor]
+        else:
+            node.output[0] = self._fresh.name(f"{site.output}.product")
+            name = self._fresh.name(f"{site.name}.bias")
+            self._after[site.node] = onnx.helper.make_node(
+                "Add", [node.output[0], tensor], [last], name
+            )
+        return str(node.output[0])
+
+    def ordered(self) -> list[onnx.NodeProto]:
+        """All nodes that are left, the new ones in their places."""
+        result: list[onnx.NodeProto] = []
+        for index, node in enumerate(self.nodes):
+            if index not in self._gone:
+                result.append(node)
+            if index in self._after:
+                result.append(self._after[index])
+        return result

@@ -47,6 +47,7 @@ class RewriteRegions(GraphPass):
         shapes: what is known of the values' shapes.
         orders: unit spaces that are renumbered on the way, and which old unit stands at each place.
         record: filled with how each site's weight is spread over blocks, name -> blocks in branch order.
+        constants: filled with how each per-unit constant of the regions is, name -> blocks of one row.
         reordered: filled with the other constants that are stored in a new order, by initializer.
     """
 
@@ -55,6 +56,7 @@ class RewriteRegions(GraphPass):
     shapes: Mapping[str, tuple[Dim, ...]]
     orders: Orders = ()
     record: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
+    constants: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
     reordered: dict[str, Reordered] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
@@ -83,6 +85,7 @@ class RewriteRegions(GraphPass):
             weights = {site.name: self.weight(site) for site in region.sites}
             emitter = _EMITTERS[plan.decision](graph, region, plan, weights, constants, ops)
             self.record.update(emitter.emit())
+        self.constants.update({name: tuple(parts) for name, parts in ops.constants.items()})
         removed = {index for region, _ in self.plans for index in region.nodes}
         around = renumber(graph, constants, self.orders, ops.fresh, inside=removed)
         self.record.update(around.blocks)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
-__all__ = ["anneal"]
+__all__ = ["anneal", "fill"]
 
 
 def anneal(weight: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
@@ -23,3 +25,26 @@ def anneal(weight: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
         (K, N), of the weight's type: the entry where it is supported, exactly zero elsewhere.
     """
     return np.where(mask, weight, np.zeros((), weight.dtype))
+
+
+def fill(
+    mask: NDArray[np.bool_],
+    blocks: Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]],
+) -> NDArray[np.bool_]:
+    """Also keep the unsupported entries that cost nothing: a dense block stores them in any case.
+
+    The structure stays as it is, since they join units that supported entries have joined already; the annealed
+    model only comes closer to the original.
+
+    Args:
+        mask: (K, N) bool, the entries that the structure was made from.
+        blocks: input and output units of each dense block.
+
+    Returns:
+        (K, N) bool: ``mask``, and what the blocks hold beside it between units that have an entry in it.
+    """
+    rows, columns = np.asarray(mask.any(axis=1)), np.asarray(mask.any(axis=0))
+    filled = mask.copy()
+    for inputs, outputs in blocks:
+        filled[np.ix_(inputs, outputs)] |= rows[inputs, None] & columns[outputs]
+    return filled

@@ -142,8 +142,26 @@ def test_sparse_is_as_accurate_as_dense() -> None:
     assert all(sparse[task] >= dense[task] - 0.01 for task in metrics.OUTPUT_SLOTS)
 
 
-def test_multitask_dense_stays_whole(tmp_path: Path) -> None:
+def test_multitask_dense_loses_dead_units_and_nothing_else(
+    tmp_path: Path, never_slower: None
+) -> None:
+    """One component at every level; what the recorded initialization lets go are units that do nothing."""
+    del never_slower
     original, output = MODELS / "multitask_dense.onnx", tmp_path / "out.onnx"
     report = rewrite(original, output, Options(batch=(1,))).report
+    assert report.summary.substructures == 1
+    assert [site.blocks for site in report.sites] == [
+        ((111, 1024),),
+        ((1024, 491),),
+        ((491, 18),),
+    ]
+    assert report.annealing is not None
+    assert report.annealing.error < 1e-6
+    assert accuracies("multitask_dense", output) == accuracies("multitask_dense", original)
+
+
+def test_multitask_dense_is_exactly_as_it_was_under_zero(tmp_path: Path) -> None:
+    original, output = MODELS / "multitask_dense.onnx", tmp_path / "out.onnx"
+    report = rewrite(original, output, Options(null="zero", batch=(1,))).report
     assert not report.summary.decomposable
     assert output.read_bytes() == original.read_bytes()

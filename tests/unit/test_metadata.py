@@ -19,6 +19,7 @@ from onnx_decompose.metadata import (
     Annealing,
     Block,
     Decomposition,
+    FoldedBias,
     SiteBlocks,
     digest,
     parse_units,
@@ -143,7 +144,9 @@ class TestBlock:
 
     def test_round_trip(self) -> None:
         block = part_of(part=3, stored_rows=np.array([5, 5]), stored_columns=np.array([7, 2]))
-        site = SiteBlocks("s", (2, 2), "exact", "0", (block, part_of()))
+        row = Block(np.zeros(1, np.intp), np.arange(2), "b", False)
+        bias = FoldedBias("1", (row,))
+        site = SiteBlocks("s", (2, 2), "exact", "0", (block, part_of()), bias, 3)
         proto = onnx.ModelProto()
         write_decomposition(proto, Decomposition(0.1, {"s": site}), "1")
         found = read_decomposition(proto, "m")
@@ -151,6 +154,10 @@ class TestBlock:
         first, second = found.sites["s"].blocks
         assert (first.part, second.part, second.stored_rows) == (3, None, None)
         np.testing.assert_array_equal(first.places, block.places)
+        kept = found.sites["s"].bias
+        assert kept is not None
+        assert (kept.sha256, found.sites["s"].absorbed) == ("1", 3)
+        np.testing.assert_array_equal(kept.blocks[0].columns, row.columns)
 
 
 def test_what_was_there_is_replaced_and_the_rest_kept() -> None:

@@ -131,7 +131,8 @@ class TestProof:
         before, after = original(), rewritten()
         decomposition = read_decomposition(after.proto, "after")
         assert decomposition is not None
-        fault, weights = prove_structure(before, after, decomposition)
+        fault, weights, biases = prove_structure(before, after, decomposition)
+        assert not biases
         assert fault is None
         (weight,) = weights.values()
         np.testing.assert_array_equal(weight, WEIGHT)

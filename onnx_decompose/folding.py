@@ -1,0 +1,210 @@
+"""Units of a region that are constants, and the biases that take their place.
+
+A unit that no supported entry feeds is its bias through its activations, in every run. What it adds to the sites
+that read it is a constant too and goes into their biases; the unit is then read by nothing and can be dropped.
+
+Constancy holds by construction: an elementwise operator's unit depends on the same unit of its operands alone, and
+a site's unit on the units that its supported entries lead from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx.reference
+
+from onnx_decompose.analysis.folding import Units, anything, fold_rows, read_by, settle
+from onnx_decompose.biases import Bias, find_biases
+from onnx_decompose.shapes import opset_of
+from onnx_decompose.sites import attribute_values
+from onnx_decompose.tensors import is_float, largest_number
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.regions import Region
+    from onnx_decompose.sites import Site
+    from onnx_decompose.study import Study
+
+    FloatArray = NDArray[np.float64]
+    Masks = Mapping[str, NDArray[np.bool_]]
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Folding", "fold_region"]
+
+_ADD_BROADCASTS_FROM = 7
+_FLOAT_TYPES = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Folding:
+    """What becomes of a region's sites when its constant units are folded.
+
+    Attributes:
+        masks: the supported entries of each site by name, (K, N), without the rows of constant units.
+        added: what those rows add to the product x W of each site by name, (N,) float64; only sites where it is
+            not all zero.
+        rows: how many rows with supported entries were folded, over all sites.
+    """
+
+    masks: Masks
+    added: Mapping[str, FloatArray]
+    rows: int
+
+
+def fold_region(study: Study, region: Region, masks: Masks) -> Folding | None:
+    """Fold the constant units of ``region``; None where no site reads any.
+
+    Args:
+        study: the model.
+        region: one of its regions.
+        masks: the supported entries of every site by name.
+    """
+    walk = _Walk(study, region, masks)
+    for index in region.nodes:
+        walk.step(index)
+    return Folding(walk.masks, walk.added, walk.rows) if walk.rows else None
+
+
+class _Walk:
+    """One pass over a region's nodes, in order, with what is known of every value's units."""
+
+    def __init__(self, study: Study, region: Region, masks: Masks) -> None:
+        self._study = study
+        self._graph = study.model.proto.graph
+        self._region = region
+        self._sites = {site.node: site for site in region.sites}
+        self._biases: Mapping[str, Bias] | None = None
+        weight = study.weight(region.sites[0])
+        self._largest = largest_number(weight.dtype)
+        self._known = {name: anything(self._size(name)) for name in region.entries}
+        self.masks = {site.name: masks[site.name] for site in region.sites}
+        self.added: dict[str, FloatArray] = {}
+        self.rows = 0
+
+    def step(self, index: int) -> None:
+        """Work out the units of one node's output."""
+        node = self._graph.node[index]
+        if index in self._sites:
+            units = self._site(self._sites[index])
+        else:
+            units = self._elementwise(node)
+        self._known[node.output[0]] = units
+
+    def _size(self, name: str) -> int:
+        return self._region.axis_sizes[self._region.axis_of[name]]
+
+    def _site(self, site: Site) -> Units:
+        units, mask = self._known[site.input], self.masks[site.name]
+        if units.varies.all() and mask.any(axis=0).all():
+            return anything(site.shape[1])
+        folded, total = fold_rows(units, self._study.weight(site), mask)
+        if total.any() and not self._fits(site, total):
+            return anything(site.shape[1])
+        rows = int(np.count_nonzero(mask.any(axis=1) & ~units.varies))
+        if rows:
+            self.masks[site.name] = folded
+            self.rows += rows
+        if total.any():
+            self.added[site.name] = total
+        node = self._graph.node[site.node]
+        attributes = attribute_values(node)
+        total = total * attributes.get("alpha", 1.0)
+        if len(node.input) > 2 and node.input[2]:
+            held = self._study.constants.array(node.input[2]).astype(np.float64)
+            total = total + attributes.get("beta", 1.0) * held
+        return settle(total, np.asarray(folded.any(axis=0)), self._largest)
+
+    def _fits(self, site: Site, total: FloatArray) -> bool:
+        """Whether ``total`` can be added where the bias is, in the weight's type."""
+        if self._biases is None:  # only where something is constant: most regions never ask
+            self._biases = find_biases(self._graph, self._region.sites, self._study.constants)
+        bias = self._biases[site.name]
+        if not np.isfinite(bias.stored(total, self._study.weight(site).dtype)).all():
+            return False
+        if not bias.inside and not bias.nodes:
+            return opset_of(self._study.model.proto) >= _ADD_BROADCASTS_FROM
+        return set(bias.nodes) <= set(self._region.nodes)
+
+    def _elementwise(self, node: onnx.NodeProto) -> Units:
+        size = self._size(node.output[0])
+        names = [name for name in node.input if name]
+        operands = [self._operand(name) for name in names]
+        varies = read_by(operands, size, product=node.op_type == "Mul")
+        if varies.all() or not _stays_float(node):
+            return anything(size)
+        feeds = {
+            name: self._array(name, operand)
+            for name, operand in zip(names, operands, strict=True)
+        }
+        values = _evaluate(node, self._study.model.proto.opset_import, feeds)
+        if values is None:
+            return anything(size)
+        return settle(
+            np.broadcast_to(values, (*values.shape[:-1], size)), varies, self._largest
+        )
+
+    def _operand(self, name: str) -> Units:
+        """What is known of an operand; a constant that differs between positions is steady nowhere."""
+        if name in self._region.axis_of:
+            return self._known[name]
+        if name not in self._study.constants:
+            return anything(1)
+        values = self._array(name, None)
+        none = np.zeros(values.shape[-1:] or (1,), dtype=bool)
+        if not is_float(
+            values.dtype
+        ):  # an exponent, say: nothing that could be zero times something
+            return Units(none, np.ones(none.size))
+        return settle(values, none, np.inf)
+
+    def _array(self, name: str, operand: Units | None) -> NDArray[Any]:
+        """What an operator is evaluated on: constants as they are, and what varies as some finite number."""
+        if name in self._study.constants:
+            values = self._study.constants.array(name)
+            return values.astype(np.float64) if is_float(values.dtype) else values
+        assert operand is not None
+        return operand.value
+
+
+def _stays_float(node: onnx.NodeProto) -> bool:
+    """Integers follow other rules (they truncate); nothing is claimed of them."""
+    return node.op_type != "Cast" or attribute_values(node).get("to") in _FLOAT_TYPES
+
+
+def _evaluate(
+    node: onnx.NodeProto,
+    opsets: Sequence[onnx.OperatorSetIdProto],
+    feeds: Mapping[str, NDArray[Any]],
+) -> FloatArray | None:
+    """The output of one node in float64, by the standard's reference implementation; None where it has none."""
+    if node.op_type == "Cast":
+        return next(iter(feeds.values()))
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
+        )
+        for name, array in feeds.items()
+    ]
+    output = onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.DOUBLE, None)
+    graph = onnx.helper.make_graph([node], "node", inputs, [output])
+    model = onnx.helper.make_model(graph, opset_imports=opsets)
+    try:
+        with np.errstate(all="ignore"):
+            (values,) = onnx.reference.ReferenceEvaluator(model).run(None, dict(feeds))
+    except Exception as error:  # the reference's errors share no base class
+        logger.info("%s '%s' is not folded: %s", node.op_type, node.output[0], error)
+        return None
+    return np.atleast_1d(np.asarray(values, np.float64))
