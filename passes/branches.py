@@ -1,8 +1,9 @@
-"""Emission ``shrink`` and ``split``: a region's nodes once per branch, on that branch's units alone.
+"""Emission ``shrink``, ``split`` and ``triangular``: a region's nodes once per branch, on that branch's units alone.
 
     entry --[Split | Slice | Gather]--> branch values --> sliced copies of the nodes --[Concat, Gather]--> exit
 
-Interior values never meet: one cut where a value comes in, one join where it goes out.
+Interior values never meet: one cut where a value comes in, one join where it goes out. Branches may read the same
+units of a value that comes in; they never make the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_decompose.metadata import Block
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.plan import layout_of
+from onnx_decompose.plan import Branch, common_order, layout_of
 from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
@@ -83,9 +84,17 @@ class TensorOps:
         else:
             self.add("Split", [value], outputs, place, {"axis": axis, "split": list(sizes)})
 
-    def slice(self, value: Value, start: int, stop: int, output: Value, place: int) -> None:
-        """Units ``start`` to ``stop`` of ``value``."""
-        axis = self.axis(value.name)
+    def slice(
+        self,
+        value: Value,
+        start: int,
+        stop: int,
+        output: Value,
+        place: int,
+        like: str | None = None,
+    ) -> None:
+        """Units ``start`` to ``stop`` of ``value``; ``like`` is a value of the same rank where it is a new one."""
+        axis = self.axis(like or value.name)
         if self._opset < 10:
             attrs = {"starts": [start], "ends": [stop], "axes": [axis]}
             self.add("Slice", [value], [output], place, attrs)
@@ -132,6 +141,12 @@ class BranchEmitter:
         self._graph = graph
         self._region = region
         self._branches = plan.branches
+        self._common: dict[int, NDArray[np.intp]] = {}
+        for axis in sorted(region.entry_axes):
+            order = common_order(plan.branches, axis)
+            if order is not None:
+                self._common[axis] = order
+                self._branches = _in_order(self._branches, axis, order)
         self._weights = weights
         self._constants = constants
         self._ops = ops
@@ -176,23 +191,43 @@ class BranchEmitter:
         if self._is_whole(name):
             return [value]
         axis = self._region.axis_of[name]
-        layout = layout_of(self._branches, axis, self._region.axis_sizes[axis])
         parts: list[Value] = [
             gs.Variable(self._ops.fresh.name(f"{name}.branch{number}"))
             for number in range(len(self._branches))
         ]
-        if layout == "whole":
-            order = self._order(axis)
-            sizes = [self._branches[number].units[axis].size for number in order]
-            self._ops.split(value, sizes, [parts[number] for number in order], place)
+        size = self._region.axis_sizes[axis]
+        if layout_of(self._branches, axis, size) == "whole":
+            turns = self._order(axis)
+            sizes = [self._branches[number].units[axis].size for number in turns]
+            self._ops.split(value, sizes, [parts[number] for number in turns], place)
             return parts
-        for number, part in enumerate(parts):
-            units = self._units(name, number)
-            if layout == "runs":
-                self._ops.slice(value, int(units[0]), int(units[-1]) + 1, part, place)
-            else:
-                self._ops.gather(value, units, part, name, place)
-        return parts
+        position = np.arange(size)
+        order = self._common.get(axis)
+        if order is not None:
+            value = gs.Variable(self._ops.fresh.name(f"{name}.ordered"))
+            self._ops.gather(gs.Variable(name), order, value, name, place)
+            position[order] = np.arange(order.size)
+            size = order.size
+        return [
+            self._taken(value, size, position[self._units(name, number)], part, (name, place))
+            for number, part in enumerate(parts)
+        ]
+
+    def _taken(
+        self, value: Value, size: int, units: NDArray[np.intp], part: Value, at: tuple[str, int]
+    ) -> Value:
+        """``part``: the ascending ``units`` of ``value``, which has ``size``; or ``value`` itself if that is all.
+
+        ``at`` is a value of the same rank, and the place of the new node.
+        """
+        like, place = at
+        if units.size == size:
+            return value
+        if units[-1] - units[0] + 1 == units.size:
+            self._ops.slice(value, int(units[0]), int(units[-1]) + 1, part, place, like)
+        else:
+            self._ops.gather(value, units, part, like, place)
+        return part
 
     def _join(self, name: str, place: int) -> None:
         """Make the value ``name``, which is read outside, from the branches' parts."""
@@ -279,3 +314,18 @@ class BranchEmitter:
             return gs.Variable(name)
         values = self._constants.array(name)[..., units]
         return self._ops.fresh.constant(f"{name}.branch{number}", values)
+
+
+def _in_order(
+    branches: tuple[Branch, ...], axis: int, order: NDArray[np.intp]
+) -> tuple[Branch, ...]:
+    """The branches with their units of one axis as they come in ``order``."""
+    return tuple(
+        Branch(
+            tuple(
+                order[np.isin(order, units)] if number == axis else units
+                for number, units in enumerate(branch.units)
+            )
+        )
+        for branch in branches
+    )

@@ -13,6 +13,7 @@ by every group (bordered masks).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -84,18 +85,21 @@ class _Order:
     cuts: IntArray
 
 
-def find_covers(mask: BoolArray, price: Price, *, most_groups: int) -> Iterator[Cover]:
+def find_covers(
+    mask: BoolArray, price: Price, *, least_groups: int = 1, most_groups: int
+) -> Iterator[Cover]:
     """The cheapest cover of each order of the outputs, where it has two groups or more.
 
     Args:
         mask: (K, N) supported entries.
         price: of one group; a cover's price is the sum over its groups.
+        least_groups: groups that are asked for, 2 for a cover that costs more than one group too.
         most_groups: groups that are allowed.
     """
     if min(mask.shape) < 2 or np.count_nonzero(mask) > _WORTH * mask.size:
         return
     for order in _orders(mask):
-        cover = _cheapest(mask, order, price, most_groups)
+        cover = _cheapest(mask, order, price, (least_groups, most_groups))
         if cover is not None:
             yield cover
 
@@ -142,7 +146,9 @@ def _thinned(cuts: IntArray) -> IntArray:
     return cuts[np.linspace(0, cuts.size - 1, _MOST_SEGMENTS + 1).astype(np.intp)]
 
 
-def _cheapest(mask: BoolArray, order: _Order, price: Price, most_groups: int) -> Cover | None:
+def _cheapest(
+    mask: BoolArray, order: _Order, price: Price, groups: tuple[int, int]
+) -> Cover | None:
     """The cover of an order with the least price; None if it is a single group."""
     reads = _segments(mask, order)
     runs, needed = _spans(reads), _unions(reads)
@@ -156,12 +162,12 @@ def _cheapest(mask: BoolArray, order: _Order, price: Price, most_groups: int) ->
         gather = exact < cost
         cost = np.where(gather, exact, cost)
     cost[np.tril_indices(outputs.size, -1)] = np.inf
-    bounds = _shortest_path(cost, most_groups)
+    bounds = _shortest_path(cost, *groups)
     if len(bounds) < 3:
         return None
     rows = np.arange(mask.shape[0]) if order.rows is None else order.rows
     inputs: list[IntArray] = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         read = np.flatnonzero(reads[start:stop].any(axis=0))
         if read.size == 0:
             read = np.zeros(1, np.intp)
@@ -177,7 +183,7 @@ def _segments(mask: BoolArray, order: _Order) -> BoolArray:
     reads = np.stack(
         [
             mask[:, order.columns[start:stop]].any(axis=1)
-            for start, stop in zip(order.cuts[:-1], order.cuts[1:], strict=True)
+            for start, stop in itertools.pairwise(order.cuts)
         ]
     )
     return reads if order.rows is None else reads[:, order.rows]
@@ -209,8 +215,8 @@ def _unions(reads: BoolArray) -> FloatArray:
     return unions
 
 
-def _shortest_path(cost: FloatArray, most_steps: int) -> IntArray:
-    """Cut positions of the cheapest way from 0 to the end; ``cost[i, j]`` is the price of the group i to j, j included."""
+def _shortest_path(cost: FloatArray, least_steps: int, most_steps: int) -> IntArray:
+    """Cut positions of the cheapest way from 0 to the end; ``cost[i, j]`` is the price of segments i to j together."""
     segments = cost.shape[0]
     reach = np.full(segments + 1, np.inf)
     reach[0] = 0.0
@@ -221,7 +227,7 @@ def _shortest_path(cost: FloatArray, most_steps: int) -> IntArray:
         origin = through.argmin(axis=0)
         came_from.append(origin)
         reach = np.concatenate([[np.inf], through[origin, np.arange(segments)]])
-        if reach[-1] < best:
+        if steps >= least_steps and reach[-1] < best:
             best, best_steps = reach[-1], steps
     bounds = [segments]
     for origins in reversed(came_from[:best_steps]):

@@ -146,9 +146,7 @@ def block_triangular_form(mask: BoolArray) -> BlockTriangularForm:
         blocks.append((np.sort(matched[members[scc]]), square[members[scc]]))
     blocks += _connected(mask, coarse.rows[2], coarse.columns[2])
     rows, columns = zip(*blocks, strict=True) if blocks else ((), ())
-    return BlockTriangularForm(
-        _joined(rows), _joined(columns), _starts(rows), _starts(columns)
-    )
+    return BlockTriangularForm(_joined(rows), _joined(columns), _starts(rows), _starts(columns))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -215,6 +213,8 @@ def _connected(
     mask: BoolArray, rows: IntArray, columns: IntArray
 ) -> list[tuple[IntArray, IntArray]]:
     """Rows and columns of each connected component of a part; what has no edge is one block more."""
+    if rows.size == 0 or columns.size == 0:
+        return [(rows, columns)] if rows.size or columns.size else []
     found = bipartite_components(mask[np.ix_(rows, columns)])
     per_axis = [_groups(labels, found.count) for labels in found.labels]
     blocks = [(rows[r], columns[c]) for r, c in zip(*per_axis, strict=True)]
