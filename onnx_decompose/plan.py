@@ -281,7 +281,7 @@ def _covers(
         yield _Candidate(
             "triangular",
             branches,
-            f"{cover.found}, {len(branches)} groups of outputs read {share:.0%} of the entries",
+            f"{cover.found}: {len(branches)} groups of outputs read {share:.0%} of the entries",
         )
 
 

@@ -53,7 +53,7 @@ class Cover:
     """Groups of outputs and what they read.
 
     Attributes:
-        found: what the order of the outputs came from, for a reader.
+        found: what was found, and in which order the outputs were cut, for a reader.
         inputs: per group, ascending input numbers, at least one.
         outputs: per group, ascending output numbers, at least one; together every output once.
     """
@@ -105,14 +105,16 @@ def find_covers(
 
 
 def _orders(mask: BoolArray) -> Iterator[_Order]:
+    form = block_triangular_form(mask)
+    blocks = f"block triangular: {form.blocks} blocks, " if form.blocks > 1 else ""
     own = np.arange(mask.shape[1])
-    yield _Order("banded", own, None, _cuts(mask))
+    yield _Order(f"{blocks}cut in the given order", own, None, _cuts(mask))
     by_mean = np.argsort(_mean_inputs(mask), kind="stable")
     if not np.array_equal(by_mean, own):
-        yield _Order("banded in another order", by_mean, None, _cuts(mask[:, by_mean]))
-    form = block_triangular_form(mask)
+        cuts = _cuts(mask[:, by_mean])
+        yield _Order(f"{blocks}cut in the order of the mean input", by_mean, None, cuts)
     if form.blocks > 1:
-        found = f"block triangular: {form.blocks} blocks"
+        found = f"{blocks}cut between them"
         cuts = _thinned(np.unique(form.column_starts))
         yield _Order(found, form.columns, None, cuts)
         yield _Order(found, form.columns, form.rows, cuts)
