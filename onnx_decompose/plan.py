@@ -189,25 +189,24 @@ def common_order(branches: tuple[Branch, ...], axis: int) -> IntArray | None:
     Also None where the branches overlap so little that taking them out of one gathered value, in runs, would cost
     more than gathering each by itself: a run is copied about twice as fast.
     """
-    units = np.concatenate([branch.units[axis] for branch in branches])
-    if all(_is_run(branch.units[axis]) for branch in branches):
-        return None
+    runs = [branch.units[axis] for branch in branches]
+    units = np.concatenate(runs)
     distinct = np.unique(units)
-    if units.size < 2 * distinct.size:
+    if all(map(_is_run, runs)) or units.size < 2 * distinct.size:
         return None
     place = np.searchsorted(distinct, units)
-    reader = np.repeat(
-        np.arange(len(branches)), [branch.units[axis].size for branch in branches]
-    )
-    first = np.full(distinct.size, len(branches), dtype=np.intp)
-    last = np.full(distinct.size, -1, dtype=np.intp)
-    np.minimum.at(first, place, reader)
-    np.maximum.at(last, place, reader)
-    order = distinct[np.lexsort((distinct, last, first))]
-    position = np.empty(int(distinct[-1]) + 1, dtype=np.intp)
-    position[order] = np.arange(order.size)
-    if all(_is_run(np.sort(position[branch.units[axis]])) for branch in branches):
-        return order
+    sizes = np.array([run.size for run in runs])
+    # Bands follow each other in the branches' order, nested sets in that of their sizes.
+    for turns in (np.arange(sizes.size), np.argsort(np.argsort(sizes, kind="stable"))):
+        reader = np.repeat(turns, sizes)
+        first = np.full(distinct.size, sizes.size)
+        last = np.full(distinct.size, -1)
+        np.minimum.at(first, place, reader)
+        np.maximum.at(last, place, reader)
+        order = np.lexsort((distinct, last, first))
+        position = np.argsort(order)
+        if all(_is_run(np.sort(position[np.searchsorted(distinct, run)])) for run in runs):
+            return distinct[order]
     return None
 
 
