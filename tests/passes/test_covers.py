@@ -40,8 +40,9 @@ def weight_of(
     mask: BoolArray, rng: np.random.Generator, dtype: Any = np.float32
 ) -> NDArray[Any]:
     """Entries away from zero, so that a wrong place is never within a tolerance."""
-    values: NDArray[Any] = rng.uniform(0.5, 1.0, mask.shape) * rng.choice([-1, 1], mask.shape)
-    weight: NDArray[Any] = np.where(mask, values, 0).astype(dtype)
+    values = rng.uniform(0.5, 1.0, mask.shape) * rng.choice([-1, 1], mask.shape)
+    weight = np.zeros(mask.shape, dtype)
+    weight[mask] = values[mask]
     return weight
 
 
@@ -62,7 +63,7 @@ def site(
     }[form]
     tensors = {"w": weight.T.copy() if form == "gemm" else weight}
     if form != "matmul":
-        tensors["b"] = rng.standard_normal(outputs).astype(np.float32)
+        tensors["b"] = rng.standard_normal((outputs,)).astype(np.float32)
     text = f"g (float[{batch}, {inputs}] x) => (float[{batch}, {outputs}] y) {{ {body} }}"
     return parse(text, tensors, **options)
 
