@@ -151,10 +151,12 @@ def _thinned(cuts: IntArray) -> IntArray:
 def _cheapest(
     mask: BoolArray, order: _Order, price: Price, groups: tuple[int, int]
 ) -> Cover | None:
-    """The cover of an order with the least price; None if it is a single group."""
+    """The cover of an order with the least price; None if it is a single group, or must hold nearly every entry."""
     reads = _segments(mask, order)
-    runs, needed = _spans(reads), _unions(reads)
     outputs = np.diff(order.cuts)
+    if np.count_nonzero(reads, axis=1) @ outputs > _WORTH * mask.size:
+        return None  # no group reads less than the segments in it: a random mask ends here
+    runs, needed = _spans(reads), _unions(reads)
     made = np.cumsum([0, *outputs])
     widths = np.maximum(made[None, 1:] - made[:-1, None], 1).astype(np.float64)
     cost = price(runs, widths, gathered=False)
