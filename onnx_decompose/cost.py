@@ -8,6 +8,13 @@ timed against the original before it is written.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Units = TypeVar("Units", float, NDArray[np.float64])
+"""A number of units, or an array of such numbers for as many seconds."""
 
 __all__ = ["CPU", "CUDA", "CostModel"]
 
@@ -32,17 +39,18 @@ class CostModel:
     gather_rate: float
     batches: tuple[int, ...] = (1, 16, 256)
 
-    def matmul(self, rows: int, inputs: int, outputs: int, itemsize: int) -> float:
+    def matmul(self, rows: int, inputs: Units, outputs: Units, itemsize: int) -> Units:
         """Seconds of (rows, inputs) @ (inputs, outputs)."""
         flops = 2 * rows * inputs * outputs
         moved = itemsize * (inputs * outputs + rows * (inputs + outputs))
-        return self.kernel + max(flops / self.flop_rate, moved / self.byte_rate)
+        longer: Units = np.maximum(flops / self.flop_rate, moved / self.byte_rate)
+        return self.kernel + longer
 
-    def copy(self, rows: int, units: int, itemsize: int) -> float:
+    def copy(self, rows: int, units: Units, itemsize: int) -> Units:
         """Seconds of an operator that moves (rows, units) in runs."""
         return self.kernel + 2 * rows * units * itemsize / self.copy_rate
 
-    def gather(self, rows: int, units: int, itemsize: int) -> float:
+    def gather(self, rows: int, units: Units, itemsize: int) -> Units:
         """Seconds of a Gather of (rows, units) along the last axis."""
         return self.kernel + rows * units * itemsize / self.gather_rate
 

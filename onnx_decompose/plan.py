@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from onnx_decompose.analysis.covers import find_covers
 from onnx_decompose.analysis.structure import (
     ISOLATED,
     Components,
@@ -21,18 +22,29 @@ from onnx_decompose.analysis.structure import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from onnx_decompose.cost import CostModel
 
+    FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
 
-__all__ = ["Branch", "Decision", "Emit", "RegionPlan", "StateGraph", "layout_of", "plan_region"]
+__all__ = [
+    "Branch",
+    "Decision",
+    "Emit",
+    "RegionPlan",
+    "StateGraph",
+    "common_order",
+    "gathered_order",
+    "layout_of",
+    "plan_region",
+]
 
-Emit = Literal["auto", "split", "shrink"]
-Decision = Literal["dense", "shrink", "split"]
+Emit = Literal["auto", "split", "shrink", "triangular"]
+Decision = Literal["dense", "shrink", "split", "triangular"]
 
 _WORTH = 0.97
 """Predicted cost, relative to dense, above which a rewrite is not tried."""
@@ -66,7 +78,10 @@ class StateGraph:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Branch:
-    """The units that one branch computes: per axis, unit numbers in the order of their places, never empty."""
+    """The units that one branch computes: per axis, unit numbers in the order of their places, never empty.
+
+    Branches share no unit, but for the decision ``triangular``: there they may read the same units of an entry axis.
+    """
 
     units: tuple[IntArray, ...]
 
@@ -76,7 +91,8 @@ class RegionPlan:
     """What happens to one region.
 
     Attributes:
-        decision: ``dense`` (left alone), ``shrink`` (one narrower branch) or ``split`` (several branches).
+        decision: ``dense`` (left alone), ``shrink`` (one narrower branch), ``split`` (several branches) or
+            ``triangular`` (several branches that may read the same inputs).
         reason: why, with figures, for the report.
         components: of the region's live state graph.
         masks: per edge, the supported entries that lead to an exit, (K, N).
@@ -100,8 +116,23 @@ class RegionPlan:
         return units if place is None else [place[part] for part in units]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    """One way to write a region.
+
+    Attributes:
+        decision: how.
+        branches: into what.
+        found: what the branches are, for the reason.
+    """
+
+    decision: Decision
+    branches: tuple[Branch, ...]
+    found: str
+
+
 Layout = Literal["whole", "runs", "scattered"]
-"""How the branches' units lie on an axis: contiguous runs of all units, contiguous runs of some, or anyhow."""
+"""How the branches' units lie on an axis: runs that are all units in turn, other contiguous runs, or anyhow."""
 
 
 def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> RegionPlan:
@@ -110,7 +141,8 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
     Args:
         graph: the region's state graph with supported masks.
         cost: the provider's coefficients.
-        emit: ``auto`` chooses by cost; ``split`` asks for one branch per component; ``shrink`` for a single one.
+        emit: ``auto`` chooses by cost; ``split`` asks for one branch per component; ``shrink`` for a single one;
+            ``triangular`` for groups of outputs with the inputs that each reads.
     """
     _, needed = live_units(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
     live = tuple(
@@ -119,9 +151,9 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
         else dataclasses.replace(edge, mask=edge.mask & needed[edge.target])
         for edge in graph.edges
     )
+    graph = dataclasses.replace(graph, edges=live)
     components = state_components(graph.axis_sizes, live)
     masks = tuple(edge.mask for edge in live)
-    whole = sum(graph.axis_sizes)
     if components.count == 0:
         return RegionPlan(
             "dense",
@@ -129,21 +161,15 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
             components,
             masks,
         )
+    found = _description(graph, components)
     dense_cost = _costs(graph, (_everything(graph),), cost)
-    candidates: list[tuple[float, tuple[Branch, ...]]] = []
-    for branches in _groupings(graph, components, emit):
-        if len(branches) == 1 and _kept(branches[0]) == whole:
-            continue  # this is the dense region
-        relative = float(np.exp(np.mean(np.log(_costs(graph, branches, cost) / dense_cost))))
-        candidates.append((relative, branches))
-    giant = int(components.sizes.max())
-    found = (
-        f"{components.count} component{'s' if components.count > 1 else ''} over {whole} nodes, the largest with "
-        f"{giant} ({giant / whole:.0%}), {components.isolated} isolated"
-    )
+    candidates = [
+        (_relative(_costs(graph, candidate.branches, cost), dense_cost), candidate)
+        for generate in _GENERATORS
+        for candidate in generate(graph, components, cost, emit)
+    ]
     if not candidates:
-        alone = components.count == 1
-        why = "nothing to take apart" if alone else "not two of them have units on every axis"
+        why = _why_none(graph, components, emit)
         return RegionPlan("dense", f"{found}; {why}", components, masks)
     relative, best = min(candidates, key=lambda candidate: candidate[0])
     if relative > _WORTH and emit == "auto":
@@ -153,16 +179,75 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
             components,
             masks,
         )
-    decision: Decision = "split" if len(best) > 1 else "shrink"
-    reason = f"{found}; {len(best)} branch{'es' if len(best) > 1 else ''}, predicted to take {relative:.2f} of the time"
-    return RegionPlan(decision, reason, components, masks, best, relative)
+    reason = f"{found}; {best.found}, predicted to take {relative:.2f} of the time"
+    return RegionPlan(best.decision, reason, components, masks, best.branches, relative)
 
 
 def layout_of(positions: Sequence[IntArray], size: int) -> Layout:
     """How the branches' units, at ascending ``positions`` of an axis of ``size``, lie."""
-    if any(run[-1] - run[0] + 1 != run.size for run in positions):
+    if not all(map(_is_run, positions)):
         return "scattered"
-    return "whole" if sum(run.size for run in positions) == size else "runs"
+    runs = sorted(positions, key=lambda run: int(run[0]))
+    starts = [0, *(int(run[-1]) + 1 for run in runs)]
+    in_turn = all(run[0] == start for run, start in zip(runs, starts, strict=False))
+    return "whole" if in_turn and starts[-1] == size else "runs"
+
+
+def common_order(positions: Sequence[IntArray]) -> IntArray | None:
+    """An order of scattered positions in which every branch has a contiguous run; None where none is known."""
+    if all(map(_is_run, positions)):
+        return None
+    units = np.concatenate(positions)
+    distinct = np.unique(units)
+    place = np.searchsorted(distinct, units)
+    sizes = np.array([run.size for run in positions])
+    # Bands follow each other in the branches' order, nested sets in that of their sizes.
+    for turns in (np.arange(sizes.size), np.argsort(np.argsort(sizes, kind="stable"))):
+        reader = np.repeat(turns, sizes)
+        first = np.full(distinct.size, sizes.size)
+        last = np.full(distinct.size, -1)
+        np.minimum.at(first, place, reader)
+        np.maximum.at(last, place, reader)
+        order = np.lexsort((distinct, last, first))
+        position = np.argsort(order)
+        if all(_is_run(np.sort(position[np.searchsorted(distinct, run)])) for run in positions):
+            return distinct[order]
+    return None
+
+
+def gathered_order(positions: Sequence[IntArray]) -> IntArray | None:
+    """The common order, where gathering all units once and cutting that into runs is worth it.
+
+    It is not where branches overlap little: a run is copied only about twice as fast as it is gathered.
+    """
+    read = sum(run.size for run in positions)
+    if read < 2 * np.unique(np.concatenate(positions)).size:
+        return None
+    return common_order(positions)
+
+
+def _is_run(units: IntArray) -> bool:
+    return bool(units[-1] - units[0] + 1 == units.size)
+
+
+def _description(graph: StateGraph, components: Components) -> str:
+    whole = sum(graph.axis_sizes)
+    giant = int(components.sizes.max())
+    return (
+        f"{components.count} component{'s' if components.count > 1 else ''} over {whole} nodes, the largest with "
+        f"{giant} ({giant / whole:.0%}), {components.isolated} isolated"
+    )
+
+
+def _why_none(graph: StateGraph, components: Components, emit: Emit) -> str:
+    """Why there is no candidate at all."""
+    if emit == "triangular":
+        if _has_cover(graph):
+            return "no two groups of outputs read less than everything"
+        return "groups of outputs are looked for in a single site only"
+    if components.count == 1:
+        return "nothing to take apart"
+    return "not two of them have units on every axis"
 
 
 def _everything(graph: StateGraph) -> Branch:
@@ -171,6 +256,84 @@ def _everything(graph: StateGraph) -> Branch:
 
 def _kept(branch: Branch) -> int:
     return sum(units.size for units in branch.units)
+
+
+def _merged_components(
+    graph: StateGraph, components: Components, cost: CostModel, emit: Emit
+) -> Iterator[_Candidate]:
+    """``split`` and ``shrink``: branches without a common unit."""
+    del cost
+    if emit == "triangular":
+        return
+    for branches in _groupings(graph, components, emit):
+        count = len(branches)
+        if count == 1 and _kept(branches[0]) == sum(graph.axis_sizes):
+            continue  # this is the dense region
+        decision: Decision = "split" if count > 1 else "shrink"
+        yield _Candidate(decision, branches, f"{count} branch{'es' if count > 1 else ''}")
+
+
+def _covers(
+    graph: StateGraph, components: Components, cost: CostModel, emit: Emit
+) -> Iterator[_Candidate]:
+    """``triangular``: groups of a single site's outputs, each with its own slice of the inputs."""
+    del components
+    if emit not in {"auto", "triangular"} or not _has_cover(graph):
+        return
+    (edge,) = graph.edges
+    covers = find_covers(
+        edge.mask,
+        _group_price(graph, cost),
+        least_groups=1 if emit == "auto" else 2,
+        most_groups=_MOST_BRANCHES,
+    )
+    for cover in covers:
+        sides = {edge.source: cover.inputs, edge.target: cover.outputs}
+        branches = tuple(
+            Branch((sides[0][group], sides[1][group])) for group in range(len(cover.inputs))
+        )
+        share = cover.entries / edge.mask.size
+        yield _Candidate(
+            "triangular",
+            branches,
+            f"{cover.found}: {len(branches)} groups of outputs read {share:.0%} of the entries",
+        )
+
+
+_GENERATORS: tuple[
+    Callable[[StateGraph, Components, CostModel, Emit], Iterator[_Candidate]], ...
+] = (_merged_components, _covers)
+"""Where candidates come from: (live graph, components, cost, emit) -> those that ``emit`` allows."""
+
+
+def _has_cover(graph: StateGraph) -> bool:
+    """Whether branches may overlap: on the entry axis of a single site, which is cut and never put together."""
+    if len(graph.edges) != 1 or len(graph.axis_sizes) != 2:
+        return False
+    (edge,) = graph.edges
+    return edge.source != edge.target and edge.source not in graph.exits
+
+
+def _group_price(graph: StateGraph, cost: CostModel) -> Callable[..., FloatArray]:
+    """A group's share of the dense region's time, averaged over the cost model's batches (``covers.Price``)."""
+    (edge,) = graph.edges
+    dense = _costs(graph, (_everything(graph),), cost)
+    size = graph.axis_sizes[edge.source]
+    cuts = graph.entries.count(edge.source)
+
+    def price(inputs: FloatArray, outputs: FloatArray, *, gathered: bool) -> FloatArray:
+        total = np.zeros_like(inputs)
+        for rows, whole in zip(cost.batches, dense, strict=True):
+            cut = (cost.gather if gathered else cost.copy)(rows, inputs, graph.itemsize)
+            seconds = cost.matmul(rows, inputs, outputs, graph.itemsize)
+            seconds += cuts * np.where(inputs == size, 0.0, cut)
+            for axis in graph.elementwise:
+                units = inputs if axis == edge.source else outputs
+                seconds += cost.copy(rows, units, graph.itemsize)
+            total += seconds / whole
+        return total / len(cost.batches)
+
+    return price
 
 
 def _groupings(
@@ -183,7 +346,7 @@ def _groupings(
     sizes = components.sizes
     heap = [(int(sizes[group].sum()), group) for group in _complete_groups(components)]
     heapq.heapify(heap)
-    most = {"split": components.count, "auto": _MOST_BRANCHES, "shrink": 1}[emit]
+    most = {"split": components.count, "shrink": 1}.get(emit, _MOST_BRANCHES)
     while True:
         if len(heap) <= most:
             groups = sorted(group for _, group in heap)
@@ -250,9 +413,12 @@ def _filled(owner: IntArray) -> IntArray:
     return owner[owned[last]]
 
 
-def _costs(
-    graph: StateGraph, branches: tuple[Branch, ...], cost: CostModel
-) -> NDArray[np.float64]:
+def _relative(seconds: FloatArray, dense: FloatArray) -> float:
+    """Geometric mean over the batches: each counts the same."""
+    return float(np.exp(np.mean(np.log(seconds / dense))))
+
+
+def _costs(graph: StateGraph, branches: tuple[Branch, ...], cost: CostModel) -> FloatArray:
     """Predicted seconds at each of the cost model's batches."""
     return np.array([_seconds(graph, branches, cost, rows) for rows in cost.batches])
 
@@ -267,25 +433,49 @@ def _seconds(
             total += cost.matmul(rows, sizes[edge.source], sizes[edge.target], graph.itemsize)
         for axis in graph.elementwise:
             total += cost.copy(rows, sizes[axis], graph.itemsize)
-    for axis in (*graph.entries, *graph.exits):
-        total += _border_seconds(graph, branches, axis, cost, rows)
+    for axis in graph.entries:
+        total += _cut_seconds(graph, branches, axis, cost, rows)
+    for axis in graph.exits:
+        total += _join_seconds(graph, branches, axis, cost, rows)
     return total
 
 
-def _border_seconds(
+def _cut_seconds(
     graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
 ) -> float:
-    """Seconds to cut one value into branches, or to put it together again."""
-    units = [branch.units[axis] for branch in branches]
-    kept = sum(part.size for part in units)
-    layout: Layout = "runs"
-    if axis not in graph.free:
-        layout = layout_of(units, graph.axis_sizes[axis])
-    elif kept == graph.axis_sizes[axis]:
-        layout = "whole"
-    if layout == "scattered":
-        gathers = len(branches) * cost.kernel - cost.kernel
-        return gathers + cost.gather(rows, kept, graph.itemsize)
+    """Seconds to cut one value into branches."""
+    size = graph.axis_sizes[axis]
+    parts = [branch.units[axis] for branch in branches]
+    read = sum(part.size for part in parts)
+    if axis in graph.free:  # renumbered, so that every branch's units are a run
+        whole_axis = read == size and np.unique(np.concatenate(parts)).size == size
+        if whole_axis:
+            return 0.0 if len(parts) == 1 else cost.copy(rows, size, graph.itemsize)
+        return sum(cost.copy(rows, part.size, graph.itemsize) for part in parts)
+    if layout_of(parts, size) == "whole":
+        return 0.0 if len(parts) == 1 else cost.copy(rows, size, graph.itemsize)
+    order = gathered_order(parts)
+    total = 0.0 if order is None else cost.gather(rows, order.size, graph.itemsize)
+    whole = size if order is None else order.size
+    for units in parts:
+        if units.size == whole:
+            continue
+        runs = order is not None or _is_run(units)
+        total += (cost.copy if runs else cost.gather)(rows, units.size, graph.itemsize)
+    return total
+
+
+def _join_seconds(
+    graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
+) -> float:
+    """Seconds to put one value together from the branches."""
+    size = graph.axis_sizes[axis]
+    layout = (
+        "whole"
+        if axis in graph.free
+        else layout_of([branch.units[axis] for branch in branches], size)
+    )
     if layout == "whole" and len(branches) == 1:
         return 0.0
-    return cost.copy(rows, kept, graph.itemsize)
+    total = cost.copy(rows, size, graph.itemsize)
+    return total if layout == "whole" else total + cost.gather(rows, size, graph.itemsize)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_decompose.plan import Branch
+from onnx_decompose.plan import Branch, common_order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,8 +87,11 @@ def choose_numbering(
 
 def _wanted(plan: RegionPlan, axis: int, size: int) -> IntArray:
     """The units of ``axis``, branch by branch; those that no branch has come last."""
-    units = np.concatenate([branch.units[axis] for branch in plan.branches])
-    first = np.unique(units, return_index=True)[1]  # branches may overlap
-    owned = units[np.sort(first)]
+    parts = [branch.units[axis] for branch in plan.branches]
+    units = np.concatenate(parts)
+    owned = units
+    if np.unique(units).size < units.size:  # branches overlap
+        common = common_order(parts)
+        owned = np.unique(units) if common is None else common
     rest = np.setdiff1d(np.arange(size, dtype=np.intp), owned)
     return np.concatenate([owned, rest])

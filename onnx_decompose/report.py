@@ -43,7 +43,7 @@ class SiteReport:
         isolated: inputs and outputs without any edge.
         sccs: strongly connected components of a square site, else None.
         layers: topological layers of their condensation, else None.
-        decision: ``dense``, ``shrink`` or ``split``.
+        decision: ``dense``, ``shrink``, ``split`` or ``triangular``.
         reason: why.
         blocks: (inputs, outputs) of each block.
         p_structure: how often the same entries shuffled give as much structure; None where it was not tested.

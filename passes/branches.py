@@ -1,8 +1,9 @@
-"""Emission ``shrink`` and ``split``: a region's nodes once per branch, on that branch's units alone.
+"""Emission ``shrink``, ``split`` and ``triangular``: a region's nodes once per branch, on that branch's units alone.
 
     entry --[Split | Slice | Gather]--> branch values --> sliced copies of the nodes --[Concat, Gather]--> exit
 
-Interior values never meet: one cut where a value comes in, one join where it goes out.
+Interior values never meet: one cut where a value comes in, one join where it goes out. Branches may read the same
+units of a value that comes in; they never make the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_decompose.metadata import Block
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.plan import layout_of
+from onnx_decompose.plan import Branch, gathered_order, layout_of
 from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
@@ -93,9 +94,17 @@ class TensorOps:
         else:
             self.add("Split", [value], outputs, place, {"axis": axis, "split": list(sizes)})
 
-    def slice(self, value: Value, start: int, stop: int, output: Value, place: int) -> None:
-        """Units ``start`` to ``stop`` of ``value``."""
-        axis = self.axis(value.name)
+    def slice(
+        self,
+        value: Value,
+        start: int,
+        stop: int,
+        output: Value,
+        place: int,
+        like: str | None = None,
+    ) -> None:
+        """Units ``start`` to ``stop`` of ``value``; ``like`` is a value of the same rank where it is a new one."""
+        axis = self.axis(like or value.name)
         if self._opset < 10:
             attrs = {"starts": [start], "ends": [stop], "axes": [axis]}
             self.add("Slice", [value], [output], place, attrs)
@@ -141,8 +150,15 @@ class BranchEmitter:
     ) -> None:
         self._graph = graph
         self._region = region
-        self._plan = plan
         self._branches = plan.branches
+        self._positions = {
+            axis: plan.positions(axis) for axis in sorted(region.entry_axes | region.exit_axes)
+        }
+        self._common: dict[int, NDArray[np.intp]] = {}
+        for axis in sorted(region.entry_axes):
+            order = gathered_order(self._positions[axis])
+            if order is not None:
+                self._gather_once(axis, order)
         self._weights = weights
         self._constants = constants
         self._ops = ops
@@ -165,6 +181,23 @@ class BranchEmitter:
                 self._join(node.output[0], index)
         return self._blocks
 
+    def _gather_once(self, axis: int, order: NDArray[np.intp]) -> None:
+        """Let every branch find its units of an entry axis in a run, after one Gather of ``order``."""
+        self._common[axis] = order
+        rank = np.empty(self._region.axis_sizes[axis], np.intp)
+        rank[order] = np.arange(order.size)
+        places = [rank[run] for run in self._positions[axis]]
+        self._positions[axis] = [np.sort(run) for run in places]
+        self._branches = tuple(
+            Branch(
+                tuple(
+                    units[np.argsort(run)] if number == axis else units
+                    for number, units in enumerate(branch.units)
+                )
+            )
+            for branch, run in zip(self._branches, places, strict=True)
+        )
+
     def _units(self, name: str, branch: int) -> NDArray[np.intp]:
         return self._branches[branch].units[self._region.axis_of[name]]
 
@@ -182,30 +215,49 @@ class BranchEmitter:
         if self._is_whole(name):
             return [value]
         axis = self._region.axis_of[name]
-        positions = self._plan.positions(axis)
-        layout = layout_of(positions, self._region.axis_sizes[axis])
+        axis = self._region.axis_of[name]
+        positions, size = self._positions[axis], self._region.axis_sizes[axis]
         parts: list[Value] = [
             gs.Variable(self._ops.fresh.name(f"{name}.branch{number}"))
             for number in range(len(self._branches))
         ]
-        if layout == "whole":
-            order = _by_first(positions)
-            sizes = [positions[number].size for number in order]
-            self._ops.split(value, sizes, [parts[number] for number in order], place)
+        order = self._common.get(axis)
+        if order is None and layout_of(positions, size) == "whole":
+            turns = _by_first(positions)
+            sizes = [positions[number].size for number in turns]
+            self._ops.split(value, sizes, [parts[number] for number in turns], place)
             return parts
-        for part, run in zip(parts, positions, strict=True):
-            if layout == "runs":
-                self._ops.slice(value, int(run[0]), int(run[-1]) + 1, part, place)
-            else:
-                self._ops.gather(value, run, part, name, place)
-        return parts
+        if order is not None:
+            value = gs.Variable(self._ops.fresh.name(f"{name}.ordered"))
+            self._ops.gather(gs.Variable(name), order, value, name, place)
+            size = order.size
+        return [
+            self._taken(value, size, run, part, (name, place))
+            for run, part in zip(positions, parts, strict=True)
+        ]
+
+    def _taken(
+        self, value: Value, size: int, run: NDArray[np.intp], part: Value, at: tuple[str, int]
+    ) -> Value:
+        """``part``: the ascending positions ``run`` of ``value``, which has ``size`` units; ``value`` itself if that is all.
+
+        ``at`` is a value of the same rank, and the place of the new node.
+        """
+        like, place = at
+        if run.size == size:
+            return value
+        if run[-1] - run[0] + 1 == run.size:
+            self._ops.slice(value, int(run[0]), int(run[-1]) + 1, part, place, like)
+        else:
+            self._ops.gather(value, run, part, like, place)
+        return part
 
     def _join(self, name: str, place: int) -> None:
         """Make the value ``name``, which is read outside, from the branches' parts."""
         if self._is_whole(name):
             return
         axis = self._region.axis_of[name]
-        positions = self._plan.positions(axis)
+        positions = self._positions[axis]
         output = gs.Variable(name)
         parts = self._local[name]
         if layout_of(positions, self._region.axis_sizes[axis]) == "whole":

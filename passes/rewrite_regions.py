@@ -33,6 +33,7 @@ __all__ = ["RewriteRegions"]
 _EMITTERS: Mapping[Decision, Callable[..., Emitter]] = {
     "shrink": BranchEmitter,
     "split": BranchEmitter,
+    "triangular": BranchEmitter,
 }
 """How each decision is written."""
 

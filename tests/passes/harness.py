@@ -14,7 +14,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from onnx_decompose.analysis.anneal import anneal
-from onnx_decompose.cost import CPU
+from onnx_decompose.cost import CPU, CostModel
 from onnx_decompose.model_io import Model, load_model, read_tensor
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
@@ -93,11 +93,12 @@ def rewrite(
     source: onnx.ModelProto,
     emit: Emit = "split",
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    cost: CostModel = FREE,
 ) -> Rewritten:
     """Plan every region of a model and write it, with nonzero entries as supported unless told otherwise."""
     before = source.SerializeToString(deterministic=True)
     study = study_model(load_model(source))
-    plans, weights, rewriting = passes_for(study, emit, masks)
+    plans, weights, rewriting = passes_for(study, emit, masks, cost)
     chosen = [region for region, plan in plans if plan.decision != "dense"]
     annealed = ReplaceWeights(weights)(study.model)
     after = rewriting(study.model)
@@ -121,12 +122,15 @@ def rewrite(
 
 
 def passes_for(
-    study: Study, emit: Emit, masks: Mapping[str, NDArray[np.bool_]] | None = None
+    study: Study,
+    emit: Emit,
+    masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    cost: CostModel = FREE,
 ) -> tuple[list[tuple[Region, RegionPlan]], dict[Site, Array], RewriteRegions]:
     """The plans, the annealed weights and the pass that writes them."""
     supported = {site.name: study.weight(site) != 0 for site in study.sites} | dict(masks or {})
     plans = [
-        (region, plan_region(state_graph(study, region, supported), FREE, emit))
+        (region, plan_region(state_graph(study, region, supported), cost, emit))
         for region in study.regions
     ]
     chosen = [(region, plan) for region, plan in plans if plan.decision != "dense"]

@@ -141,7 +141,7 @@ class Builder:
     groups=st.integers(1, 3),
     axes=st.integers(1, 2),
     opset=st.sampled_from([9, 13, 17]),
-    emit=st.sampled_from(["auto", "split", "shrink"]),
+    emit=st.sampled_from(["auto", "split", "shrink", "triangular"]),
 )
 def test_the_function_stays(
     seed: int, steps: list[str], groups: int, axes: int, opset: int, emit: Emit
