@@ -239,7 +239,7 @@ class BranchEmitter:
     def _taken(
         self, value: Value, size: int, run: NDArray[np.intp], part: Value, at: tuple[str, int]
     ) -> Value:
-        """``part``: the ascending positions ``run`` of ``value``, which has ``size`` units; ``value`` itself if that is all.
+        """``part``: the ascending positions ``run`` of ``value``, which has ``size`` units; or ``value`` itself.
 
         ``at`` is a value of the same rank, and the place of the new node.
         """
