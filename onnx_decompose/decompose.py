@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.analysis.anneal import anneal
+from onnx_decompose.analysis.anneal import anneal, unify
+from onnx_decompose.copies import find_copies
 from onnx_decompose.metadata import Decomposition, SiteBlocks, digest
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
-from onnx_decompose.plan import RegionPlan, plan_region
+from onnx_decompose.plan import RegionPlan, plan_region, plan_shared
 from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph
 
@@ -77,9 +78,10 @@ class Attempt:
 
     @property
     def is_exact(self) -> bool:
-        """Whether no rewritten site has anything but exact zeros unsupported."""
-        return not any(
-            (self.study.weight(site)[~self.selections[site.name].mask] != 0).any()
+        """Whether every rewritten site keeps its weight: nothing but exact zeros is unsupported."""
+        weights = self.annealed()
+        return all(
+            np.array_equal(weights[site.name], self.study.weight(site))
             for region, _ in self.rewrites
             for site in region.sites
         )
@@ -87,7 +89,9 @@ class Attempt:
     def annealed(self) -> dict[str, NDArray[Any]]:
         """Annealed weight, (K, N), of every site that is rewritten, by name."""
         return {
-            site.name: anneal(self.study.weight(site), mask)
+            site.name: _annealed(
+                self.study.weight(site), mask, self.selections[site.name], plan
+            )
             for region, plan in self.rewrites
             for site, mask in zip(region.sites, plan.masks, strict=True)
         }
@@ -109,18 +113,43 @@ def attempt(
     selections = {
         site.name: criterion.select(evidence[site.name], rng=rng) for site in study.sites
     }
-    masks = {name: selection.mask for name, selection in selections.items()}
     plans: list[tuple[Region, RegionPlan]] = []
     for region in study.regions:
-        whole = plan_region(state_graph(study, region, masks), cost, emit)
+        whole = _plan(study, region, selections, cost, emit)
         logger.debug("region %s: %s: %s", region.name, whole.decision, whole.reason)
         parts = [
-            (part, plan_region(state_graph(study, part, masks), cost, emit))
+            (part, _plan(study, part, selections, cost, emit))
             for part in (study.parts(region) if whole.decision == "dense" else ())
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
         plans.extend(parts if apart else [(region, whole)])
     return Attempt(study, evidence, criterion, selections, tuple(plans))
+
+
+def _plan(
+    study: Study,
+    region: Region,
+    selections: Mapping[str, Selection],
+    cost: CostModel,
+    emit: Emit,
+) -> RegionPlan:
+    """The plan of one region; equal rows and columns of a single site compete with taking it apart."""
+    masks = {name: selection.mask for name, selection in selections.items()}
+    graph = state_graph(study, region, masks)
+    plan = plan_region(graph, cost, emit)
+    if len(region.sites) > 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
+        return plan
+    (site,), (mask,) = region.sites, plan.masks
+    weight = unify(anneal(study.weight(site), mask), selections[site.name].shared)
+    copies = find_copies(weight)
+    return plan if copies is None else plan_shared(graph, plan, copies, cost, emit)
+
+
+def _annealed(
+    weight: NDArray[Any], mask: NDArray[np.bool_], selection: Selection, plan: RegionPlan
+) -> NDArray[Any]:
+    kept = anneal(weight, mask)
+    return unify(kept, selection.shared) if plan.decision == "shared" else kept
 
 
 def annealed_model(tried: Attempt) -> Model:
@@ -164,7 +193,17 @@ def _site_blocks(
     return SiteBlocks(
         site=site.name,
         shape=site.shape,
-        annealing="exact" if np.array_equal(before, after) else "masked",
+        annealing=_annealing(before, after),
         sha256=digest(after),
         blocks=record[site.name],
     )
+
+
+    return model, Decomposition(budget, sites)
+
+
+def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:
+    changed = before != after
+    if not changed.any():
+        return "exact"
+    return "refitted" if after[changed].any() else "masked"

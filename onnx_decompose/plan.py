@@ -25,14 +25,24 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.copies import Copies
     from onnx_decompose.cost import CostModel
 
     IntArray = NDArray[np.intp]
 
-__all__ = ["Branch", "Decision", "Emit", "RegionPlan", "StateGraph", "layout_of", "plan_region"]
+__all__ = [
+    "Branch",
+    "Decision",
+    "Emit",
+    "RegionPlan",
+    "StateGraph",
+    "layout_of",
+    "plan_region",
+    "plan_shared",
+]
 
-Emit = Literal["auto", "split", "shrink"]
-Decision = Literal["dense", "shrink", "split"]
+Emit = Literal["auto", "split", "shrink", "shared"]
+Decision = Literal["dense", "shrink", "split", "shared"]
 
 _WORTH = 0.97
 """Predicted cost, relative to dense, above which a rewrite is not tried."""
@@ -76,13 +86,15 @@ class RegionPlan:
     """What happens to one region.
 
     Attributes:
-        decision: ``dense`` (left alone), ``shrink`` (one narrower branch) or ``split`` (several branches).
+        decision: ``dense`` (left alone), ``shrink`` (one narrower branch), ``split`` (several branches) or
+            ``shared`` (equal rows and columns computed once).
         reason: why, with figures, for the report.
         components: of the region's live state graph.
         masks: per edge, the supported entries that lead to an exit, (K, N).
-        branches: none where the decision is ``dense``.
+        branches: none where the decision is ``dense``; the computed units where it is ``shared``.
         relative_cost: predicted cost over dense, geometric mean over batches.
         places: axis -> where each unit stands in the values of that axis outside, where they were renumbered.
+        copies: what the computed units stand for; None unless the decision is ``shared``.
     """
 
     decision: Decision
@@ -92,6 +104,7 @@ class RegionPlan:
     branches: tuple[Branch, ...] = ()
     relative_cost: float = 1.0
     places: Mapping[int, IntArray] = dataclasses.field(default_factory=dict)
+    copies: Copies | None = None
 
     def positions(self, axis: int) -> list[IntArray]:
         """Where each branch's units stand in a value of the border, ascending."""
@@ -110,7 +123,8 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
     Args:
         graph: the region's state graph with supported masks.
         cost: the provider's coefficients.
-        emit: ``auto`` chooses by cost; ``split`` asks for one branch per component; ``shrink`` for a single one.
+        emit: ``auto`` chooses by cost; ``split`` asks for one branch per component; ``shrink`` for a single one;
+            ``shared`` for none (see :func:`plan_shared`).
     """
     _, needed = live_units(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
     live = tuple(
@@ -131,7 +145,7 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
         )
     dense_cost = _costs(graph, (_everything(graph),), cost)
     candidates: list[tuple[float, tuple[Branch, ...]]] = []
-    for branches in _groupings(graph, components, emit):
+    for branches in () if emit == "shared" else _groupings(graph, components, emit):
         if len(branches) == 1 and _kept(branches[0]) == whole:
             continue  # this is the dense region
         relative = float(np.exp(np.mean(np.log(_costs(graph, branches, cost) / dense_cost))))
@@ -156,6 +170,40 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
     decision: Decision = "split" if len(best) > 1 else "shrink"
     reason = f"{found}; {len(best)} branch{'es' if len(best) > 1 else ''}, predicted to take {relative:.2f} of the time"
     return RegionPlan(decision, reason, components, masks, best, relative)
+
+
+def plan_shared(
+    graph: StateGraph, other: RegionPlan, copies: Copies, cost: CostModel, emit: Emit = "auto"
+) -> RegionPlan:
+    """Compute equal rows and columns once, if that beats another plan.
+
+    Args:
+        graph: the state graph of a region with one site, from one axis to another.
+        other: the plan to beat.
+        copies: equal rows and columns of the annealed weight.
+        cost: the provider's coefficients.
+        emit: ``auto`` chooses by cost; ``shared`` takes the copies in any case.
+    """
+    (edge,) = graph.edges
+    dense = _costs(graph, (_everything(graph),), cost)
+    copies = dataclasses.replace(copies, picks=cost.picks(graph.itemsize))
+    candidates = [
+        (float(np.exp(np.mean(np.log(_shared_costs(graph, variant, cost) / dense)))), variant)
+        for variant in copies.variants()
+    ]
+    relative, best = min(candidates, key=lambda candidate: candidate[0])
+    rows, columns = best.computed
+    found = (
+        f"{rows.size} different rows of {best.inputs.size} and {columns.size} different columns "
+        f"of {best.outputs.size}, predicted to take {relative:.2f} of the time"
+    )
+    if emit == "auto" and relative > min(_WORTH, other.relative_cost):
+        return dataclasses.replace(other, reason=f"{other.reason}; {found}")
+    units = [rows, columns] if edge.source < edge.target else [columns, rows]
+    branches = (Branch(tuple(units)),)
+    return RegionPlan(
+        "shared", found, other.components, other.masks, branches, relative, copies=best
+    )
 
 
 def layout_of(positions: Sequence[IntArray], size: int) -> Layout:
@@ -270,6 +318,16 @@ def _seconds(
     for axis in (*graph.entries, *graph.exits):
         total += _border_seconds(graph, branches, axis, cost, rows)
     return total
+
+
+def _shared_costs(graph: StateGraph, copies: Copies, cost: CostModel) -> NDArray[np.float64]:
+    """Predicted seconds at each batch; whatever is not the site stays as wide as it was."""
+    (edge,) = graph.edges
+    whole = _costs(graph, (_everything(graph),), cost)
+    inputs, outputs = edge.mask.shape
+    site = [cost.matmul(rows, inputs, outputs, graph.itemsize) for rows in cost.batches]
+    shared = [copies.seconds(cost, rows, graph.itemsize) for rows in cost.batches]
+    return whole + np.subtract(shared, site, dtype=np.float64)
 
 
 def _border_seconds(
