@@ -137,9 +137,9 @@ def _plan(
     masks = {name: selection.mask for name, selection in selections.items()}
     graph = state_graph(study, region, masks)
     plan = plan_region(graph, cost, emit)
-    if len(region.sites) > 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
+    if len(region.sites) != 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
         return plan
-    (site,), (mask,) = region.sites, plan.masks
+    site, mask = region.sites[0], plan.masks[0]
     weight = unify(anneal(study.weight(site), mask), selections[site.name].shared)
     copies = find_copies(weight)
     return plan if copies is None else plan_shared(graph, plan, copies, cost, emit)

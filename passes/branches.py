@@ -72,11 +72,13 @@ class TensorOps:
         place: int,
         attrs: dict[str, Any] | None = None,
         *,
-        domain: str | None = None,
+        domain: str = "",
     ) -> None:
         """Add a helper node before whatever is placed next."""
         name = self.fresh.name(f"{outputs[0].name}.{op}")
-        node = gs.Node(op, name, attrs or {}, list(inputs), list(outputs), domain)
+        node = gs.Node(op, name, attrs or {}, list(inputs), list(outputs))
+        if domain:
+            node.domain = domain
         self.placed.append(Placed(node, place, None))
 
     def split(

@@ -202,5 +202,5 @@ class SharedEmitter:
 
     def _copy(self, index: int, inputs: list[Value], output: Value) -> None:
         node = self._graph.node[index]
-        copy = gs.Node(node.op_type, node.name or node.output[0], {}, inputs, [output])
+        copy = gs.Node(node.op_type, node.name or node.output[0], {}, [*inputs], [output])
         self._ops.placed.append(Placed(copy, index, node))

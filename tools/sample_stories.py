@@ -37,7 +37,7 @@ def sample_texts(
     name = session.get_inputs()[0].name
     sampled = np.full((texts, 1), start, np.int64)
     while sampled.shape[1] < tokens:
-        logits = session.run(None, {name: sampled})[0][:, -1].astype(np.float64)
+        logits = np.asarray(session.run(None, {name: sampled})[0])[:, -1].astype(np.float64)
         if temperature > 0:
             # The largest of logits with Gumbel noise is a draw from their softmax.
             logits = logits / temperature + rng.gumbel(size=logits.shape)
@@ -64,7 +64,7 @@ def _main() -> None:
         start=options.start,
         rng=np.random.default_rng(options.seed),
     )
-    np.savez(options.output, **{session.get_inputs()[0].name: texts})
+    np.savez(options.output, allow_pickle=False, **{session.get_inputs()[0].name: texts})
     print(f"{texts.shape[0]} texts of {texts.shape[1]} tokens in {options.output}")
 
 

@@ -14,11 +14,12 @@ import onnxruntime
 from onnx import numpy_helper
 
 from onnx_decompose.analysis.anneal import anneal
-from onnx_decompose.cost import CPU
+from onnx_decompose.copies import find_copies
+from onnx_decompose.cost import CPU, CostModel
 from onnx_decompose.model_io import Model, load_model, read_tensor
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
-from onnx_decompose.plan import plan_region
+from onnx_decompose.plan import plan_region, plan_shared
 from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph, study_model
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-FREE = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15)
+FREE = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15, pick_rate=1e15)
 """A provider where every component is worth a branch."""
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
@@ -93,11 +94,12 @@ def rewrite(
     source: onnx.ModelProto,
     emit: Emit = "split",
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    cost: CostModel = FREE,
 ) -> Rewritten:
     """Plan every region of a model and write it, with nonzero entries as supported unless told otherwise."""
     before = source.SerializeToString(deterministic=True)
     study = study_model(load_model(source))
-    plans, weights, rewriting = passes_for(study, emit, masks)
+    plans, weights, rewriting = passes_for(study, emit, masks, cost)
     chosen = [region for region, plan in plans if plan.decision != "dense"]
     annealed = ReplaceWeights(weights)(study.model)
     after = rewriting(study.model)
@@ -121,13 +123,15 @@ def rewrite(
 
 
 def passes_for(
-    study: Study, emit: Emit, masks: Mapping[str, NDArray[np.bool_]] | None = None
+    study: Study,
+    emit: Emit,
+    masks: Mapping[str, NDArray[np.bool_]] | None = None,
+    cost: CostModel = FREE,
 ) -> tuple[list[tuple[Region, RegionPlan]], dict[Site, Array], RewriteRegions]:
     """The plans, the annealed weights and the pass that writes them."""
     supported = {site.name: study.weight(site) != 0 for site in study.sites} | dict(masks or {})
     plans = [
-        (region, plan_region(state_graph(study, region, supported), FREE, emit))
-        for region in study.regions
+        (region, plan_for(study, region, supported, emit, cost)) for region in study.regions
     ]
     chosen = [(region, plan) for region, plan in plans if plan.decision != "dense"]
     numbering = choose_numbering(study.spaces, chosen)
@@ -143,6 +147,22 @@ def passes_for(
         orders=numbering.orders,
     )
     return plans, weights, rewriting
+
+
+def plan_for(
+    study: Study,
+    region: Region,
+    masks: Mapping[str, NDArray[np.bool_]],
+    emit: Emit,
+    cost: CostModel,
+) -> RegionPlan:
+    graph = state_graph(study, region, masks)
+    plan = plan_region(graph, cost, emit)
+    if emit != "shared":
+        return plan
+    (site,) = region.sites
+    copies = find_copies(anneal(study.weight(site), masks[site.name]))
+    return plan if copies is None else plan_shared(graph, plan, copies, cost, emit)
 
 
 def check_record(result: Rewritten, weights: Mapping[Site, Array]) -> None:
@@ -162,8 +182,11 @@ def check_rest(before: onnx.ModelProto, after: onnx.ModelProto, touched: set[int
     """``after`` is valid, and is ``before`` in everything but the touched nodes and what they read."""
     onnx.checker.check_model(after, full_check=True)
     for field, value in before.ListFields():
-        if field.name != "graph":
+        if field.name not in {"graph", "opset_import"}:
             assert getattr(after, field.name) == value
+    # A new operator may bring its domain.
+    imports = serialized(before.opset_import)
+    assert serialized(after.opset_import)[: len(imports)] == imports
     for field, value in before.graph.ListFields():
         if field.name not in {"node", "initializer", "value_info", "quantization_annotation"}:
             assert getattr(after.graph, field.name) == value
