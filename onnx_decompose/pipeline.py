@@ -244,7 +244,7 @@ def _levels(
         while criterion is not None:
             yield evidence, criterion
             criterion = criterion.looser()
-    yield gather_all(study, options, "zero"), Shared(exact=True) if shared else asked
+    yield gather_all(study, options, "zero"), Shared(within=0.0) if shared else asked
 
 
 def _anneal_within_budget(

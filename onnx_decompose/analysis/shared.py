@@ -46,6 +46,8 @@ _ROUNDINGS = 4.0
 _MEDIAN_OF = 255
 _MOST_GROUPS = 64
 _ENTRIES_AT_A_TIME = 1 << 20
+_LOOSEST, _TIGHTER, _TIGHTEST = 0.1, 10.0, 1e-4
+"""Levels of the schedule after the first: 0.01, 0.001 and 0.0001."""
 _SAMPLED = 16
 """Entries of a line that are compared before the line is read as a whole."""
 
@@ -55,15 +57,16 @@ class Shared:
     """Finds equal rows and equal columns; every nonzero entry stays supported.
 
     Attributes:
-        exact: bitwise equal ones only, so that nothing changes when one stands for all.
+        within: largest deviation of a group's members, relative to the root mean square of their common vector;
+            0 for bitwise equal lines only, of which one can stand for all without changing anything.
     """
 
-    exact: bool = False
+    within: float = math.inf
 
     @property
     def name(self) -> str:
-        """``shared``, or ``shared(exact)``."""
-        return "shared(exact)" if self.exact else "shared"
+        """``shared``, or with its bound, such as ``shared(0.01)``."""
+        return "shared" if math.isinf(self.within) else f"shared({self.within:g})"
 
     def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:
         """The groups are in ``shared``; pi0 is the share of columns or rows beyond the first."""
@@ -84,20 +87,27 @@ class Shared:
             weight != 0, self.name, None, share, (share, share), note, shared=groups
         )
 
-    def looser(self) -> None:
-        """There is no level: the data's own gap decides."""
-        return
+    def looser(self) -> Shared | None:
+        """Groups that the data's own gap found, with a tighter bound: a loose one must not cost the others."""
+        level = min(self.within, _LOOSEST) / _TIGHTER
+        return Shared(level) if level >= _TIGHTEST else None
 
     def _groups(
         self, weight: FloatArray, axis: int, rng: np.random.Generator
     ) -> tuple[SharedLines, ...]:
-        if not self.exact:
-            return shared_lines(weight, axis, rng=rng)
+        if self.within > 0:
+            found = shared_lines(weight, axis, rng=rng)
+            return tuple(group for group in found if _relative(group) <= self.within)
         lines = weight if axis == 0 else weight.T
         return tuple(
             SharedLines(axis, members, lines[members[0]].copy(), 0.0)
             for members in equal_lines(weight, axis)
         )
+
+
+def _relative(group: SharedLines) -> float:
+    size = float(np.sqrt(np.mean(np.square(group.representative.astype(np.float64)))))
+    return group.deviation / size if size else math.inf
 
 
 def shared_lines(

@@ -64,7 +64,6 @@ def test_the_criterion_removes_nothing(rng: np.random.Generator) -> None:
     assert group.axis == 1
     assert group.members.tolist() == [5, 9]
     assert selection.pi0 == pytest.approx(1 / 40)
-    assert make_criterion("shared", 0.01).looser() is None
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -85,10 +84,29 @@ def test_exact_finds_bitwise_equal_lines_only(rng: np.random.Generator) -> None:
     weight[:, 100:300] = rng.normal(0, 0.05, (64, 1)) + rng.normal(0, 1e-7, (64, 200))
     weight[:, 400:450] = weight[:, 400:401]
     evidence = Evidence(weight, weight, Zero(), "zero")
-    near, exact = (
-        Shared(exact=flag).select(evidence, rng=rng).shared for flag in (False, True)
-    )
+    near, exact = (Shared(level).select(evidence, rng=rng).shared for level in (1.0, 0.0))
     assert [group.members.size for group in near] == [200, 50]
     assert [group.members.tolist() for group in exact] == [list(range(400, 450))]
     assert exact[0].deviation == 0
-    assert Shared(exact=True).name == "shared(exact)"
+    assert Shared(0.0).name == "shared(0)"
+
+
+def test_the_schedule_drops_loose_groups_first(rng: np.random.Generator) -> None:
+    weight = rng.normal(0, 0.05, (64, 500)).astype(np.float32)
+    for start, drift in ((100, 5e-4), (300, 2e-6)):
+        noise = rng.normal(0, drift, (64, 100))
+        weight[:, start : start + 100] = rng.normal(0, 0.05, (64, 1)) + noise
+    evidence = Evidence(weight, weight, Zero(), "zero")
+    level: Shared | None = Shared()
+    found = {}
+    while level is not None:
+        found[level.name] = [
+            int(group.members[0]) for group in level.select(evidence, rng=rng).shared
+        ]
+        level = level.looser()
+    assert found == {
+        "shared": [100, 300],
+        "shared(0.01)": [300],
+        "shared(0.001)": [300],
+        "shared(0.0001)": [],
+    }
