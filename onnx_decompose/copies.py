@@ -48,6 +48,19 @@ class Copies:
         return _firsts(self.inputs), _firsts(self.outputs)
 
     @property
+    def kept(self) -> tuple[IntArray, IntArray]:
+        """:attr:`computed` with what is computed for one unit alone first, so that copies may be put behind it."""
+        return _firsts(_alone_first(self.inputs)), _firsts(_alone_first(self.outputs))
+
+    def placed(self, inputs: IntArray, outputs: IntArray) -> Copies:
+        """The same copies where ``inputs`` and ``outputs`` are the units at each place of the two values."""
+        return dataclasses.replace(
+            self,
+            inputs=_alone_first(self.inputs[inputs]),
+            outputs=_by_first(self.outputs[outputs]),
+        )
+
+    @property
     def alone(self) -> IntArray:
         """The inputs that are added to no other."""
         count = np.bincount(self.inputs)
@@ -96,21 +109,33 @@ def find_copies(weight: NDArray[Any]) -> Copies | None:
     rows, columns = (equal_lines(weight, axis) for axis in (0, 1))
     if not rows and not columns:
         return None
-    inputs, outputs = weight.shape
-    return Copies(_numbered(inputs, rows, last=True), _numbered(outputs, columns, last=False))
+    inputs, outputs = (
+        _labels(size, classes)
+        for size, classes in zip(weight.shape, (rows, columns), strict=True)
+    )
+    return Copies(_alone_first(inputs), _by_first(outputs))
 
 
-def _numbered(size: int, classes: Sequence[IntArray], *, last: bool) -> IntArray:
-    """A number for each of ``size`` units, one for all of a class: by first unit, or with the classes ``last``."""
-    first = np.arange(size)
+def _labels(size: int, classes: Sequence[IntArray]) -> IntArray:
+    """One label for all units of a class, and one for each other unit."""
+    labels = np.arange(size)
     for members in classes:
-        first[members] = members[0]
-    rank = first.copy()
-    if last:
-        for members in classes:
-            rank[members] += size
-    return np.unique(rank, return_inverse=True)[1].astype(np.intp)
+        labels[members] = members[0]
+    return labels
+
+
+def _by_first(labels: IntArray) -> IntArray:
+    """Labels numbered in the order in which they appear."""
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[inverse]
+
+
+def _alone_first(labels: IntArray) -> IntArray:
+    """The same, with labels that come once before those that come again."""
+    numbers = _by_first(labels)
+    again = np.bincount(numbers)[numbers] > 1
+    return np.unique(numbers + labels.size * again, return_inverse=True)[1]
 
 
 def _firsts(numbers: IntArray) -> IntArray:
-    return np.unique(numbers, return_index=True)[1].astype(np.intp)
+    return np.unique(numbers, return_index=True)[1]

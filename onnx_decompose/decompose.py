@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.criteria import Criterion, Selection
     from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.cost import CostModel
-    from onnx_decompose.metadata import Block
+    from onnx_decompose.metadata import Annealing, Block
     from onnx_decompose.model_io import Model
     from onnx_decompose.plan import Emit
     from onnx_decompose.regions import Region
@@ -197,9 +197,6 @@ def _site_blocks(
         sha256=digest(after),
         blocks=record[site.name],
     )
-
-
-    return model, Decomposition(budget, sites)
 
 
 def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:

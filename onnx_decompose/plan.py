@@ -106,6 +106,11 @@ class RegionPlan:
     places: Mapping[int, IntArray] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
 
+    def order(self, axis: int, size: int) -> IntArray:
+        """The unit at each place of a value of the border, ``size`` of them."""
+        place = self.places.get(axis)
+        return np.arange(size, dtype=np.intp) if place is None else np.argsort(place)
+
     def positions(self, axis: int) -> list[IntArray]:
         """Where each branch's units stand in a value of the border, ascending."""
         place = self.places.get(axis)
@@ -199,10 +204,15 @@ def plan_shared(
     )
     if emit == "auto" and relative > min(_WORTH, other.relative_cost):
         return dataclasses.replace(other, reason=f"{other.reason}; {found}")
-    units = [rows, columns] if edge.source < edge.target else [columns, rows]
-    branches = (Branch(tuple(units)),)
+    kept = best.kept if edge.source < edge.target else best.kept[::-1]
     return RegionPlan(
-        "shared", found, other.components, other.masks, branches, relative, copies=best
+        "shared",
+        found,
+        other.components,
+        other.masks,
+        (Branch(kept),),
+        relative,
+        copies=best,
     )
 
 

@@ -49,7 +49,16 @@ class SharedEmitter:
         (self._site,) = region.sites
         self._graph = graph
         self._region = region
-        self._copies = plan.copies
+        source, target = (region.axis_of[n] for n in (self._site.input, self._site.output))
+        # The units at each place of the two values, and those whose lines are computed.
+        self._order = tuple(
+            plan.order(axis, region.axis_sizes[axis]) for axis in (source, target)
+        )
+        self._copies = plan.copies.placed(*self._order)
+        self._lines = tuple(
+            order[places]
+            for order, places in zip(self._order, self._copies.computed, strict=True)
+        )
         self._weight = weights[self._site.name]
         self._constants = constants
         self._ops = ops
@@ -73,13 +82,13 @@ class SharedEmitter:
             block = self._product(gs.Variable(site.output), bias)
         for index in rest:
             node = self._graph.node[index]
-            inputs: list[Value] = [gs.Variable(name) for name in node.input]
+            inputs = [self._constant(other, self._order[1], "placed") for other in node.input]
             self._copy(index, inputs, gs.Variable(node.output[0]))
         return {site.name: (block,)}
 
     @property
     def _is_repeated(self) -> bool:
-        return self._copies.computed[1].size < self._copies.outputs.size
+        return self._lines[1].size < self._copies.outputs.size
 
     def _bias(self) -> tuple[Value | None, NDArray[Any] | None]:
         """A Gemm's bias as the smaller product adds it, and as it is added after the repetition; None for neither."""
@@ -87,11 +96,9 @@ class SharedEmitter:
         if len(node.input) < 3 or not node.input[2]:
             return None, None
         name = node.input[2]
-        if not self._is_repeated:
-            return gs.Variable(name), None
         if self._is_common(name):
-            return self._narrow_constant(name), None
-        values = self._constants.array(name)
+            return self._constant(name, self._lines[1], "different"), None
+        values = self._constants.array(name)[..., self._order[1]]
         factor = np.asarray(attribute_values(node).get("beta", 1.0), values.dtype)
         # Operator sets under 11 do not let a Gemm be without a bias.
         zero = self._ops.fresh.constant(f"{name}.zero", np.zeros(1, values.dtype))
@@ -100,7 +107,7 @@ class SharedEmitter:
     def _product(self, made: Value, bias: Value | None) -> Block:
         """The site on its different rows and columns."""
         site, copies = self._site, self._copies
-        rows, columns = copies.computed
+        rows, columns = self._lines
         flipped = bool(attribute_values(self._graph.node[site.node]).get("transB", 0))
         different = self._weight[np.ix_(rows, columns)]
         tensor = self._ops.fresh.constant(
@@ -109,8 +116,8 @@ class SharedEmitter:
         inputs = [self._added_inputs(), tensor, *(() if bias is None else (bias,))]
         self._copy(site.node, inputs, made)
         return Block(
-            np.arange(copies.inputs.size),
-            np.arange(copies.outputs.size),
+            self._order[0],
+            self._order[1],
             tensor.name,
             flipped,
             stored_rows=None if rows.size == copies.inputs.size else copies.inputs,
@@ -176,7 +183,8 @@ class SharedEmitter:
         """Write node ``index`` on the different columns of the value ``name`` that it reads."""
         node = self._graph.node[index]
         inputs = [
-            made if other == name else self._narrow_constant(other) for other in node.input
+            made if other == name else self._constant(other, self._lines[1], "different")
+            for other in node.input
         ]
         result = gs.Variable(self._ops.fresh.name(f"{node.output[0]}.different"))
         self._copy(index, inputs, result)
@@ -187,16 +195,21 @@ class SharedEmitter:
         if not self._is_per_unit(name):
             return True
         values = self._constants.array(name)
-        represented = values[..., self._copies.computed[1]][..., self._copies.outputs]
-        return values.tobytes() == represented.tobytes()
+        represented = values[..., self._lines[1]][..., self._copies.outputs]
+        return values[..., self._order[1]].tobytes() == represented.tobytes()
 
-    def _narrow_constant(self, name: str) -> Value:
-        if not self._is_per_unit(name):
+    def _constant(self, name: str, units: NDArray[np.intp], what: str) -> Value:
+        """The value ``name``; if it is a constant with an entry per output, only for the given ``units``."""
+        if not self._is_per_unit(name) or np.array_equal(
+            units, np.arange(self._copies.outputs.size)
+        ):
             return gs.Variable(name)
-        values = self._constants.array(name)[..., self._copies.computed[1]]
-        return self._ops.fresh.constant(f"{name}.different", values)
+        values = self._constants.array(name)[..., units]
+        return self._ops.fresh.constant(f"{name}.{what}", values)
 
     def _is_per_unit(self, name: str) -> bool:
+        if name not in self._constants:
+            return False
         shape = self._constants[name].shape
         return bool(shape) and shape[-1] == self._copies.outputs.size
 

@@ -233,3 +233,55 @@ def test_random_copies(seed: int) -> None:
     equal = len(set(rows)) < len(rows) or len(set(columns)) < len(columns)
     assert result.decisions == [("shared", 1) if equal else ("dense", 0)]
     check_parity(result, rng)
+
+
+RENUMBERED = """g (int64[b] ids) => (float[b, 3] y)
+{ e = Gather(table, ids) h = MatMul(e, w) r = Relu(h) n = Add(r, c) m = Softmax <axis = -1> (n) y = MatMul(m, v) }"""
+
+
+@pytest.mark.parametrize("columns", [SCATTERED, [0, 1, 2, 0, 3, 0, 4], list(range(7))])
+@pytest.mark.parametrize("rows", [[0, 1, 0, 2, 0], list(range(5))])
+def test_free_spaces_are_renumbered_around_copies(
+    rows: list[int], columns: list[int], rng: np.random.Generator
+) -> None:
+    weight = weight_of(rng, rows, columns)
+    tensors = {
+        "w": weight,
+        "table": rng.standard_normal((9, 5)).astype(np.float32),
+        "c": rng.standard_normal(7).astype(np.float32),
+        "v": rng.standard_normal((7, 3)).astype(np.float32),
+    }
+    result = rewrite(parse(RENUMBERED, tensors), "shared")
+    first, second = result.ops.index("Gather"), result.ops.index("Relu")
+    around = result.ops[first + 1 : second]
+    if len(set(rows)) < len(rows):  # one group: what is added lies side by side
+        assert around[:4] == ["Slice", "Slice", "ReduceSum", "Concat"]
+    if columns == [0, 1, 2, 0, 3, 0, 4]:  # one group: its copies are put at the end
+        assert around[-2:] == ["MatMul", "Pad"]
+    feeds = {"ids": rng.integers(0, 9, 4)}
+    got, expected = (
+        run(proto, feeds, reference=False)[0] for proto in (result.proto, result.original)
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["Add", "Gemm"])
+@pytest.mark.parametrize("common", [False, True])
+def test_biases_in_a_renumbered_space(
+    form: str, common: bool, rng: np.random.Generator
+) -> None:
+    site = {"Add": "p = MatMul(x, w) h = Add(p, c)", "Gemm": "h = Gemm <beta = 3.0> (x, w, c)"}
+    text = f"""g (float[b, 5] x) => (float[b, 3] y)
+    {{ {site[form]} n = Softmax <axis = -1> (h) y = MatMul(n, v) }}"""
+    columns = [0, 1, 2, 0, 3, 0, 4]
+    bias = rng.standard_normal(7).astype(np.float32)
+    tensors = {
+        "w": weight_of(rng, columns=columns),
+        "c": bias[columns] if common else bias,
+        "v": rng.standard_normal((7, 3)).astype(np.float32),
+    }
+    result = rewrite(parse(text, tensors), "shared")
+    product = {"Add": ["MatMul", "Add"], "Gemm": ["Gemm"]}[form]
+    later = {"Add": ["MatMul", "Pad", "Add"], "Gemm": ["Gemm", "Pad", "Add"]}[form]
+    assert result.ops[:-2] == ([*product, "Pad"] if common else later)
+    check_parity(result, rng)
