@@ -30,6 +30,8 @@ class CostModel:
         copy_rate: bytes per second of Split, Slice, Concat and elementwise operators.
         gather_rate: bytes per second of Gather along the last axis, which copies element by element.
         batches: numbers of rows at which candidates are compared.
+        pick_rate: bytes per second of ArrayFeatureExtractor, a Gather along the last axis for float32 and float64
+            that copies by type; 0 where the provider has none.
     """
 
     kernel: float
@@ -38,6 +40,7 @@ class CostModel:
     copy_rate: float
     gather_rate: float
     batches: tuple[int, ...] = (1, 16, 256)
+    pick_rate: float = 0.0
 
     def matmul(self, rows: int, inputs: Units, outputs: Units, itemsize: int) -> Units:
         """Seconds of (rows, inputs) @ (inputs, outputs)."""
@@ -54,8 +57,25 @@ class CostModel:
         """Seconds of a Gather of (rows, units) along the last axis."""
         return self.kernel + rows * units * itemsize / self.gather_rate
 
+    def picks(self, itemsize: int) -> bool:
+        """Whether :meth:`pick` can be had for elements of ``itemsize`` bytes."""
+        return self.pick_rate > 0 and itemsize >= 4
 
-CPU = CostModel(kernel=3e-6, flop_rate=8e10, byte_rate=1.5e10, copy_rate=8e9, gather_rate=2e9)
+    def pick(self, rows: int, units: int, itemsize: int) -> float:
+        """Seconds of the faster way to take (rows, units) one by one along the last axis."""
+        if not self.picks(itemsize):
+            return self.gather(rows, units, itemsize)
+        return self.kernel + rows * units * itemsize / self.pick_rate
+
+
+CPU = CostModel(
+    kernel=3e-6,
+    flop_rate=8e10,
+    byte_rate=1.5e10,
+    copy_rate=8e9,
+    gather_rate=2e9,
+    pick_rate=4e9,
+)
 CUDA = CostModel(
     kernel=6e-6, flop_rate=3e13, byte_rate=1.5e12, copy_rate=1.2e12, gather_rate=6e11
 )

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.analysis.anneal import anneal, fill
+from onnx_decompose.analysis.anneal import anneal, fill, unify
 from onnx_decompose.biases import absorbable, find_biases, region_in
+from onnx_decompose.copies import find_copies
 from onnx_decompose.folding import fold_region
 from onnx_decompose.metadata import Decomposition, FoldedBias, SiteBlocks, digest
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
-from onnx_decompose.plan import RegionPlan, plan_region
+from onnx_decompose.plan import RegionPlan, plan_region, plan_shared
 from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph, study_model
 
@@ -85,21 +86,41 @@ class Attempt:
 
     @property
     def is_exact(self) -> bool:
-        """Whether no rewritten site has anything but exact zeros unsupported."""
-        return not any(
-            (self.study.weight(site)[~self.selections[site.name].mask] != 0).any()
-            for region, _ in self.rewrites
-            for site in region.sites
-        )
+        """Whether rewritten sites lose nothing but exact zeros, and no row or column is put in another's place."""
+        for region, plan in self.rewrites:
+            for site in region.sites:
+                selection = self.selections[site.name]
+                if (self.study.weight(site)[~selection.mask] != 0).any():
+                    return False
+                if plan.decision == "shared" and any(g.deviation > 0 for g in selection.shared):
+                    return False
+        return True
 
     def annealed(self) -> dict[str, NDArray[Any]]:
         """Annealed weight, (K, N), of every site that is rewritten, by name."""
         places = self._biases()
         return {
-            site.name: places[site.name].scaled(anneal(self.study.weight(site), mask))
+            site.name: places[site.name].scaled(self._kept(site, mask, plan))
             for region, plan in self.rewrites
             for site, mask in zip(region.sites, plan.masks, strict=True)
         }
+
+    def kinds(self) -> dict[str, Annealing]:
+        """What became of the weight of every site that is rewritten, by name."""
+        return {
+            site.name: _annealing(self.study.weight(site), self._kept(site, mask, plan))
+            for region, plan in self.rewrites
+            for site, mask in zip(region.sites, plan.masks, strict=True)
+        }
+
+    def _kept(self, site: Site, mask: NDArray[np.bool_], plan: RegionPlan) -> NDArray[Any]:
+        """The annealed weight, (K, N), before any scale is absorbed."""
+        kept = anneal(self.study.weight(site), mask)
+        return (
+            unify(kept, self.selections[site.name].shared)
+            if plan.decision == "shared"
+            else kept
+        )
 
     def biases(self) -> dict[Site, NDArray[Any]]:
         """Annealed bias, (N,), of every site that constant units were folded into, or that absorbed a shift.
@@ -153,15 +174,14 @@ def attempt(
     selections = {
         site.name: criterion.select(evidence[site.name], rng=rng) for site in study.sites
     }
-    masks = {name: selection.mask for name, selection in selections.items()}
     plans: list[tuple[Region, RegionPlan]] = []
     added: dict[str, NDArray[np.float64]] = {}
     for region in study.regions:
-        whole, contributions = _plan_whole(study, region, masks, cost, emit)
+        whole, contributions = _plan_whole(study, region, selections, cost, emit)
         added |= contributions
         logger.debug("region %s: %s: %s", region.name, whole.decision, whole.reason)
         parts = [
-            (part, plan_region(state_graph(study, part, masks), cost, emit))
+            (part, _plan(study, part, selections, cost, emit))
             for part in (study.parts(region) if whole.decision == "dense" else ())
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
@@ -170,6 +190,25 @@ def attempt(
     tried = Attempt(study, evidence, criterion, selections, tuple(plans), added)
     # Scaled weights are rounded anew, so that an attempt that changes no entry absorbs nothing.
     return tried if tried.is_exact else dataclasses.replace(tried, absorbed=_absorbable(tried))
+
+
+def _plan(
+    study: Study,
+    region: Region,
+    selections: Mapping[str, Selection],
+    cost: CostModel,
+    emit: Emit,
+) -> RegionPlan:
+    """The plan of one region; equal rows and columns of a single site compete with taking it apart."""
+    masks = {name: selection.mask for name, selection in selections.items()}
+    graph = state_graph(study, region, masks)
+    plan = plan_region(graph, cost, emit)
+    if len(region.sites) != 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
+        return plan
+    site, mask = region.sites[0], plan.masks[0]
+    weight = unify(anneal(study.weight(site), mask), selections[site.name].shared)
+    copies = find_copies(weight)
+    return plan if copies is None else plan_shared(graph, plan, copies, cost, emit)
 
 
 def annealed_model(tried: Attempt) -> Model:
@@ -213,16 +252,12 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         )
         for site, values in biases.items()
     }
-    masks = {
-        site.name: mask
-        for region, plan in tried.rewrites
-        for site, mask in zip(region.sites, plan.masks, strict=True)
-    }
+    kinds = tried.kinds()
     sites = {
         site.name: SiteBlocks(
             site=site.name,
             shape=site.shape,
-            annealing=_annealing(tried.study.weight(site), masks.get(site.name)),
+            annealing=kinds.get(site.name, "exact"),
             sha256=digest(weights.get(site.name, tried.study.weight(site))),
             blocks=rewriting.record[site.name],
             bias=folded_biases.get(site.name),
@@ -237,7 +272,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
 def _plan_whole(
     study: Study,
     region: Region,
-    masks: Mapping[str, NDArray[np.bool_]],
+    selections: Mapping[str, Selection],
     cost: CostModel,
     emit: Emit,
 ) -> tuple[RegionPlan, Mapping[str, NDArray[np.float64]]]:
@@ -246,7 +281,8 @@ def _plan_whole(
     Returns:
         The plan, and what folded units add to sites by name.
     """
-    plain = plan_region(state_graph(study, region, masks), cost, emit)
+    plain = _plan(study, region, selections, cost, emit)
+    masks = {name: selection.mask for name, selection in selections.items()}
     folding = fold_region(study, region, masks)
     if folding is None:
         return plain, {}
@@ -273,8 +309,9 @@ def _absorbable(tried: Attempt) -> dict[str, int]:
     """The per-unit scales and shifts after each rewritten site that its weight and bias can hold."""
     study = tried.study
     graph, constants = study.model.proto.graph, study.constants
-    sites = [site for region, _ in tried.rewrites for site in region.sites]
-    nodes = {index for region, _ in tried.rewrites for index in region.nodes}
+    regions = [region for region, plan in tried.rewrites if plan.decision != "shared"]
+    sites = [site for region in regions for site in region.sites]
+    nodes = {index for region in regions for index in region.nodes}
     counts = absorbable(graph, sites, constants, nodes)
     places = find_biases(graph, sites, constants, counts)
     return {
@@ -288,6 +325,8 @@ def _absorbable(tried: Attempt) -> dict[str, int]:
     }
 
 
-def _annealing(before: NDArray[Any], mask: NDArray[np.bool_] | None) -> Annealing:
-    """What became of a weight; one without a mask only has its units in another order."""
-    return "exact" if mask is None or not (before[~mask] != 0).any() else "masked"
+def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:
+    changed = before != after
+    if not changed.any():
+        return "exact"
+    return "refitted" if after[changed].any() else "masked"

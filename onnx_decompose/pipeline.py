@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from onnx_decompose.analysis.criteria import Criterion, make_criterion
+from onnx_decompose.analysis.shared import Shared
 from onnx_decompose.bench import Timing, bench_models, slowdown, timing_feeds
 from onnx_decompose.cases import open_model
 from onnx_decompose.cost import CPU, CUDA, CostModel
@@ -232,13 +233,18 @@ def _levels(
     study: Study, options: Options
 ) -> Iterator[tuple[Mapping[str, Evidence], Criterion]]:
     """The annealing schedule, from the largest removal to none but exact zeros."""
-    criterion: Criterion | None = make_criterion(options.criterion, options.alpha)
+    asked = make_criterion(options.criterion, options.alpha)
     evidence = gather_all(study, options)
-    if options.budget > 0 and any(one.source != "zero" for one in evidence.values()):
+    # Lines are compared with each other, not with a null.
+    shared = isinstance(asked, Shared)
+    if options.budget > 0 and (
+        shared or any(one.source != "zero" for one in evidence.values())
+    ):
+        criterion: Criterion | None = asked
         while criterion is not None:
             yield evidence, criterion
             criterion = criterion.looser()
-    yield gather_all(study, options, "zero"), make_criterion(options.criterion, options.alpha)
+    yield gather_all(study, options, "zero"), Shared(within=0.0) if shared else asked
 
 
 def _anneal_within_budget(

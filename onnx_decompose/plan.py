@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.copies import Copies
     from onnx_decompose.cost import CostModel
 
     FloatArray = NDArray[np.float64]
@@ -41,10 +42,11 @@ __all__ = [
     "gathered_order",
     "layout_of",
     "plan_region",
+    "plan_shared",
 ]
 
-Emit = Literal["auto", "split", "shrink", "triangular"]
-Decision = Literal["dense", "shrink", "split", "triangular"]
+Emit = Literal["auto", "split", "shrink", "triangular", "shared"]
+Decision = Literal["dense", "shrink", "split", "triangular", "shared"]
 
 _WORTH = 0.97
 """Predicted cost, relative to dense, above which a rewrite is not tried."""
@@ -91,14 +93,16 @@ class RegionPlan:
     """What happens to one region.
 
     Attributes:
-        decision: ``dense`` (left alone), ``shrink`` (one narrower branch), ``split`` (several branches) or
-            ``triangular`` (several branches that may read the same inputs).
+        decision: ``dense`` (left alone), ``shrink`` (one narrower branch), ``split`` (several branches),
+            ``triangular`` (several branches that may read the same inputs) or ``shared`` (equal rows and columns
+            computed once).
         reason: why, with figures, for the report.
         components: of the region's live state graph.
         masks: per edge, the supported entries that lead to an exit, (K, N).
-        branches: none where the decision is ``dense``.
+        branches: none where the decision is ``dense``; the computed units where it is ``shared``.
         relative_cost: predicted cost over dense, geometric mean over batches.
         places: axis -> where each unit stands in the values of that axis outside, where they were renumbered.
+        copies: what the computed units stand for; None unless the decision is ``shared``.
     """
 
     decision: Decision
@@ -108,6 +112,12 @@ class RegionPlan:
     branches: tuple[Branch, ...] = ()
     relative_cost: float = 1.0
     places: Mapping[int, IntArray] = dataclasses.field(default_factory=dict)
+    copies: Copies | None = None
+
+    def order(self, axis: int, size: int) -> IntArray:
+        """The unit at each place of a value of the border, ``size`` of them."""
+        place = self.places.get(axis)
+        return np.arange(size, dtype=np.intp) if place is None else np.argsort(place)
 
     def positions(self, axis: int) -> list[IntArray]:
         """Where each branch's units stand in a value of the border, ascending."""
@@ -142,7 +152,8 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
         graph: the region's state graph with supported masks.
         cost: the provider's coefficients.
         emit: ``auto`` chooses by cost; ``split`` asks for one branch per component; ``shrink`` for a single one;
-            ``triangular`` for groups of outputs with the inputs that each reads.
+            ``triangular`` for groups of outputs with the inputs that each reads; ``shared`` for none (see
+            :func:`plan_shared`).
     """
     _, needed = live_units(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
     live = tuple(
@@ -181,6 +192,45 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
         )
     reason = f"{found}; {best.found}, predicted to take {relative:.2f} of the time"
     return RegionPlan(best.decision, reason, components, masks, best.branches, relative)
+
+
+def plan_shared(
+    graph: StateGraph, other: RegionPlan, copies: Copies, cost: CostModel, emit: Emit = "auto"
+) -> RegionPlan:
+    """Compute equal rows and columns once, if that beats another plan.
+
+    Args:
+        graph: the state graph of a region with one site, from one axis to another.
+        other: the plan to beat.
+        copies: equal rows and columns of the annealed weight.
+        cost: the provider's coefficients.
+        emit: ``auto`` chooses by cost; ``shared`` takes the copies in any case.
+    """
+    (edge,) = graph.edges
+    dense = _costs(graph, (_everything(graph),), cost)
+    copies = dataclasses.replace(copies, picks=cost.picks(graph.itemsize))
+    candidates = [
+        (float(np.exp(np.mean(np.log(_shared_costs(graph, variant, cost) / dense)))), variant)
+        for variant in copies.variants()
+    ]
+    relative, best = min(candidates, key=lambda candidate: candidate[0])
+    rows, columns = best.computed
+    found = (
+        f"{rows.size} different rows of {best.inputs.size} and {columns.size} different columns "
+        f"of {best.outputs.size}, predicted to take {relative:.2f} of the time"
+    )
+    if emit == "auto" and relative > min(_WORTH, other.relative_cost):
+        return dataclasses.replace(other, reason=f"{other.reason}; {found}")
+    kept = best.kept if edge.source < edge.target else best.kept[::-1]
+    return RegionPlan(
+        "shared",
+        found,
+        other.components,
+        other.masks,
+        (Branch(kept),),
+        relative,
+        copies=best,
+    )
 
 
 def layout_of(positions: Sequence[IntArray], size: int) -> Layout:
@@ -245,6 +295,8 @@ def _why_none(graph: StateGraph, components: Components, emit: Emit) -> str:
         if _has_cover(graph):
             return "no two groups of outputs read less than everything"
         return "groups of outputs are looked for in a single site only"
+    if emit == "shared":
+        return "no two rows or columns are equal"
     if components.count == 1:
         return "nothing to take apart"
     return "not two of them have units on every axis"
@@ -263,7 +315,7 @@ def _merged_components(
 ) -> Iterator[_Candidate]:
     """``split`` and ``shrink``: branches without a common unit."""
     del cost
-    if emit == "triangular":
+    if emit in {"triangular", "shared"}:
         return
     for branches in _groupings(graph, components, emit):
         count = len(branches)
@@ -438,6 +490,16 @@ def _seconds(
     for axis in graph.exits:
         total += _join_seconds(graph, branches, axis, cost, rows)
     return total
+
+
+def _shared_costs(graph: StateGraph, copies: Copies, cost: CostModel) -> NDArray[np.float64]:
+    """Predicted seconds at each batch; whatever is not the site stays as wide as it was."""
+    (edge,) = graph.edges
+    whole = _costs(graph, (_everything(graph),), cost)
+    inputs, outputs = edge.mask.shape
+    site = [cost.matmul(rows, inputs, outputs, graph.itemsize) for rows in cost.batches]
+    shared = [copies.seconds(cost, rows, graph.itemsize) for rows in cost.batches]
+    return whole + np.subtract(shared, site, dtype=np.float64)
 
 
 def _cut_seconds(

@@ -48,7 +48,7 @@ class Emitter(Protocol):
 
 
 class TensorOps:
-    """Split, Slice, Gather and Concat on the last axis, in the form that the model's operator set has."""
+    """Operators on the last axis, in the form that the model's operator set has."""
 
     def __init__(self, opset: int, ranks: Mapping[str, int], fresh: Fresh) -> None:
         self._opset = opset
@@ -56,6 +56,11 @@ class TensorOps:
         self.fresh = fresh
         self.placed: list[Placed] = []
         self.constants: dict[str, list[Block]] = {}
+
+    @property
+    def opset(self) -> int:
+        """The model's operator set."""
+        return self._opset
 
     def axis(self, value: str) -> int:
         """The last axis of ``value`` as an attribute; negative axes came with operator set 11."""
@@ -68,10 +73,14 @@ class TensorOps:
         outputs: Sequence[Value],
         place: int,
         attrs: dict[str, Any] | None = None,
+        *,
+        domain: str = "",
     ) -> None:
         """Add a helper node before whatever is placed next."""
         name = self.fresh.name(f"{outputs[0].name}.{op}")
         node = gs.Node(op, name, attrs or {}, list(inputs), list(outputs))
+        if domain:
+            node.domain = domain
         self.placed.append(Placed(node, place, None))
 
     def note(self, constant: str, units: NDArray[np.intp], stored: str, **places: Any) -> None:
@@ -121,6 +130,56 @@ class TensorOps:
         """The given units of ``value``; ``like`` is a value of the same rank."""
         indices = self.fresh.constant(f"{output.name}.units", units.astype(np.int64))
         self.add("Gather", [value, indices], [output], place, {"axis": self.axis(like)})
+
+    def pick(
+        self, value: Value, units: NDArray[np.intp], output: Value, like: str, place: int
+    ) -> None:
+        """The same by an operator that copies by type instead of byte by byte, where the rank is known not to be 1.
+
+        onnxruntime has it for float32 and float64 on the CPU.
+        """
+        if self._ranks.get(like, 1) < 2:  # of a vector it makes a matrix
+            self.gather(value, units, output, like, place)
+            return
+        indices = self.fresh.constant(f"{output.name}.units", units.astype(np.int64))
+        self.add(
+            "ArrayFeatureExtractor", [value, indices], [output], place, domain="ai.onnx.ml"
+        )
+
+    def can_pad(self, like: str) -> bool:
+        """Whether :meth:`pad` can be written: axes can be named since operator set 18, before that all are padded."""
+        return self._opset >= 18 or like in self._ranks
+
+    def pad(
+        self, value: Value, around: tuple[int, int], output: Value, like: str, place: int
+    ) -> None:
+        """``value`` with its first and last unit repeated so often before and after it."""
+        attrs = {"mode": "edge"}
+        if self._opset >= 18:
+            pads, axes = np.asarray(around, np.int64), np.asarray([-1], np.int64)
+            inputs = [
+                self.fresh.constant(f"{output.name}.pads", pads),
+                gs.Variable.empty(),
+                self.fresh.constant(f"{output.name}.axes", axes),
+            ]
+            self.add("Pad", [value, *inputs], [output], place, attrs)
+            return
+        others = [0] * (self._ranks[like] - 1)
+        widths = [*others, around[0], *others, around[1]]
+        if self._opset < 11:
+            self.add("Pad", [value], [output], place, {**attrs, "pads": widths})
+            return
+        pads = self.fresh.constant(f"{output.name}.pads", np.asarray(widths, np.int64))
+        self.add("Pad", [value, pads], [output], place, attrs)
+
+    def total(self, value: Value, output: Value, like: str, place: int) -> None:
+        """The sum over the units of ``value``, as one unit."""
+        axis = self.axis(like)
+        if self._opset >= 13:
+            axes = self.fresh.constant(f"{output.name}.axes", np.asarray([axis], np.int64))
+            self.add("ReduceSum", [value, axes], [output], place, {"keepdims": 1})
+        else:
+            self.add("ReduceSum", [value], [output], place, {"axes": [axis], "keepdims": 1})
 
     def concat(self, values: Sequence[Value], output: Value, like: str, place: int) -> None:
         """``values`` side by side; ``like`` is a value of the same rank."""

@@ -11,6 +11,7 @@ from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.branches import BranchEmitter, TensorOps
 from onnx_decompose.passes.renumber import renumber
+from onnx_decompose.passes.shared import SharedEmitter
 from onnx_decompose.passes.splice import Fresh, constant_nodes, splice
 from onnx_decompose.shapes import opset_of
 
@@ -34,6 +35,7 @@ _EMITTERS: Mapping[Decision, Callable[..., Emitter]] = {
     "shrink": BranchEmitter,
     "split": BranchEmitter,
     "triangular": BranchEmitter,
+    "shared": SharedEmitter,
 }
 """How each decision is written."""
 

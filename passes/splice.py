@@ -101,7 +101,11 @@ def splice(
             remade.update(node.output)
         else:
             nodes.append(node)
-    return with_nodes(proto, nodes, tensors.values(), changed=remade.difference(unchanged))
+    result = with_nodes(proto, nodes, tensors.values(), changed=remade.difference(unchanged))
+    imported = {entry.domain for entry in result.opset_import}
+    for domain in {item.node.domain for item in placed} - imported - {None, ""}:
+        result.opset_import.add(domain=domain, version=1)
+    return result
 
 
 def with_nodes(

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-__all__ = ["anneal", "fill"]
+    from onnx_decompose.analysis.selection import SharedLines
+
+__all__ = ["anneal", "fill", "unify"]
 
 
 def anneal(weight: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
@@ -48,3 +50,33 @@ def fill(
     for inputs, outputs in blocks:
         filled[np.ix_(inputs, outputs)] |= rows[inputs, None] & columns[outputs]
     return filled
+
+
+def unify(weight: NDArray[Any], groups: Sequence[SharedLines]) -> NDArray[Any]:
+    """The dense weight with the lines of each group replaced by the one that stands for them.
+
+    Putting one row in place of several changes columns, so that equal columns may differ after it. Only
+    one axis is unified, the one with the larger share of lines to spare; bitwise equal lines stay so on both.
+
+    Args:
+        weight: (K, N).
+        groups: of its rows and of its columns; groups of one axis have no line in common.
+
+    Returns:
+        (K, N), of the weight's type; ``weight`` itself where nothing changes.
+    """
+    inexact = [group for group in groups if group.deviation > 0]
+    if not inexact:
+        return weight
+    spare = [
+        sum(group.members.size - 1 for group in inexact if group.axis == axis)
+        / weight.shape[axis]
+        for axis in (0, 1)
+    ]
+    axis = int(spare[1] >= spare[0])
+    unified = weight.copy()
+    lines = unified if axis == 0 else unified.T
+    for group in inexact:
+        if group.axis == axis:
+            lines[group.members] = group.representative
+    return unified

@@ -5,7 +5,7 @@
     ksigma   at least k standard deviations from the null's location, no multiplicity control
     displacement  moved from the initial value by more than the bulk of the moved entries
     group    whole rows and columns, Benjamini-Hochberg over them (see groups)
-    shared   removes nothing: finds rows and columns that equal each other (see shared)
+    shared   removes nothing: rows or columns that equal each other become one (see shared)
     magnitude     the share alpha of smallest entries goes: a baseline to compare against
 
 Cases decided once, for every criterion:

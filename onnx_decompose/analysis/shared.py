@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.floating[Any]]
     IntArray = NDArray[np.intp]
 
-__all__ = ["Shared", "shared_lines"]
+__all__ = ["Shared", "equal_lines", "shared_lines"]
 
 _DIRECTIONS = 8
 _GAP = 2.0
@@ -46,21 +46,32 @@ _ROUNDINGS = 4.0
 _MEDIAN_OF = 255
 _MOST_GROUPS = 64
 _ENTRIES_AT_A_TIME = 1 << 20
+_LOOSEST, _TIGHTER, _TIGHTEST = 0.1, 10.0, 1e-4
+"""Levels of the schedule after the first: 0.01, 0.001 and 0.0001."""
+_SAMPLED = 16
+"""Entries of a line that are compared before the line is read as a whole."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shared:
-    """Finds equal rows and equal columns; every nonzero entry stays supported."""
+    """Finds equal rows and equal columns; every nonzero entry stays supported.
+
+    Attributes:
+        within: largest deviation of a group's members, relative to the root mean square of their common vector;
+            0 for bitwise equal lines only, of which one can stand for all without changing anything.
+    """
+
+    within: float = math.inf
 
     @property
     def name(self) -> str:
-        """Always ``shared``."""
-        return "shared"
+        """``shared``, or with its bound, such as ``shared(0.01)``."""
+        return "shared" if math.isinf(self.within) else f"shared({self.within:g})"
 
     def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:
         """The groups are in ``shared``; pi0 is the share of columns or rows beyond the first."""
         weight = evidence.weight
-        groups = (*shared_lines(weight, 1, rng=rng), *shared_lines(weight, 0, rng=rng))
+        groups = tuple(group for axis in (1, 0) for group in self._groups(weight, axis, rng))
         spare = [
             sum(g.members.size - 1 for g in groups if g.axis == axis)
             / max(weight.shape[axis], 1)
@@ -76,9 +87,27 @@ class Shared:
             weight != 0, self.name, None, share, (share, share), note, shared=groups
         )
 
-    def looser(self) -> None:
-        """There is no level: the data's own gap decides."""
-        return
+    def looser(self) -> Shared | None:
+        """Groups that the data's own gap found, with a tighter bound: a loose one must not cost the others."""
+        level = min(self.within, _LOOSEST) / _TIGHTER
+        return Shared(level) if level >= _TIGHTEST else None
+
+    def _groups(
+        self, weight: FloatArray, axis: int, rng: np.random.Generator
+    ) -> tuple[SharedLines, ...]:
+        if self.within > 0:
+            found = shared_lines(weight, axis, rng=rng)
+            return tuple(group for group in found if _relative(group) <= self.within)
+        lines = weight if axis == 0 else weight.T
+        return tuple(
+            SharedLines(axis, members, lines[members[0]].copy(), 0.0)
+            for members in equal_lines(weight, axis)
+        )
+
+
+def _relative(group: SharedLines) -> float:
+    size = float(np.sqrt(np.mean(np.square(group.representative.astype(np.float64)))))
+    return group.deviation / size if size else math.inf
 
 
 def shared_lines(
@@ -111,13 +140,27 @@ def shared_lines(
     return tuple(sorted(groups, key=lambda g: (-g.members.size, int(g.members[0]))))
 
 
-def _equal_classes(lines: FloatArray) -> list[IntArray]:
+def equal_lines(weight: FloatArray, axis: int) -> tuple[IntArray, ...]:
+    """Bitwise equal lines along ``axis`` of ``weight``, (K, N): classes of two or more, ascending.
+
+    In order of their first member; lines of zeros are isolated nodes and in no class.
+    """
+    lines = weight if axis == 0 else weight.T
+    entries = np.linspace(0, lines.shape[1] - 1, min(_SAMPLED, lines.shape[1])).astype(np.intp)
+    sampled = np.ascontiguousarray(lines[:, entries])
+    keys = sampled.view(np.dtype((np.void, sampled.itemsize * entries.size))).ravel()
+    _, place, count = np.unique(keys, return_inverse=True, return_counts=True)
+    suspects = np.flatnonzero(count[place] > 1)
+    return tuple(members for members in _equal_classes(lines, suspects) if members.size > 1)
+
+
+def _equal_classes(lines: FloatArray, among: IntArray | None = None) -> list[IntArray]:
     """Bitwise equal lines together, in order of their first; lines of zeros are left out."""
     classes: dict[bytes, list[int]] = {}
-    everything = np.arange(lines.shape[0])
-    for part, block in _row_blocks(lines, everything):
+    waiting = np.arange(lines.shape[0]) if among is None else among
+    for part, block in _row_blocks(lines, waiting):
         nonzero = block.any(axis=1)
-        for line, number in zip(block[nonzero], everything[part][nonzero], strict=True):
+        for line, number in zip(block[nonzero], waiting[part][nonzero], strict=True):
             digest = hashlib.blake2b(line.tobytes(), digest_size=16).digest()
             classes.setdefault(digest, []).append(int(number))
     return [np.array(members, dtype=np.intp) for members in classes.values()]

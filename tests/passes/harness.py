@@ -14,11 +14,12 @@ import onnxruntime
 from onnx import numpy_helper
 
 from onnx_decompose.analysis.anneal import anneal
+from onnx_decompose.copies import find_copies
 from onnx_decompose.cost import CPU, CostModel
 from onnx_decompose.model_io import Model, load_model, read_tensor
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
-from onnx_decompose.plan import plan_region
+from onnx_decompose.plan import plan_region, plan_shared
 from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph, study_model
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-FREE = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15)
+FREE = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15, pick_rate=1e15)
 """A provider where every component is worth a branch."""
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
@@ -130,8 +131,7 @@ def passes_for(
     """The plans, the annealed weights and the pass that writes them."""
     supported = {site.name: study.weight(site) != 0 for site in study.sites} | dict(masks or {})
     plans = [
-        (region, plan_region(state_graph(study, region, supported), cost, emit))
-        for region in study.regions
+        (region, plan_for(study, region, supported, emit, cost)) for region in study.regions
     ]
     chosen = [(region, plan) for region, plan in plans if plan.decision != "dense"]
     numbering = choose_numbering(study.spaces, chosen)
@@ -147,6 +147,22 @@ def passes_for(
         orders=numbering.orders,
     )
     return plans, weights, rewriting
+
+
+def plan_for(
+    study: Study,
+    region: Region,
+    masks: Mapping[str, NDArray[np.bool_]],
+    emit: Emit,
+    cost: CostModel,
+) -> RegionPlan:
+    graph = state_graph(study, region, masks)
+    plan = plan_region(graph, cost, emit)
+    if emit != "shared":
+        return plan
+    (site,) = region.sites
+    copies = find_copies(anneal(study.weight(site), masks[site.name]))
+    return plan if copies is None else plan_shared(graph, plan, copies, cost, emit)
 
 
 def check_record(result: Rewritten, weights: Mapping[Site, Array]) -> None:
@@ -166,8 +182,11 @@ def check_rest(before: onnx.ModelProto, after: onnx.ModelProto, touched: set[int
     """``after`` is valid, and is ``before`` in everything but the touched nodes and what they read."""
     onnx.checker.check_model(after, full_check=True)
     for field, value in before.ListFields():
-        if field.name != "graph":
+        if field.name not in {"graph", "opset_import"}:
             assert getattr(after, field.name) == value
+    # A new operator may bring its domain.
+    imports = serialized(before.opset_import)
+    assert serialized(after.opset_import)[: len(imports)] == imports
     for field, value in before.graph.ListFields():
         if field.name not in {"node", "initializer", "value_info", "quantization_annotation"}:
             assert getattr(after.graph, field.name) == value
