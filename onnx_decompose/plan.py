@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.intp]
 
-__all__ = ["Branch", "Decision", "Emit", "RegionPlan", "StateGraph", "layout_of", "plan_region"]
+__all__ = [
+    "Branch",
+    "Decision",
+    "Emit",
+    "RegionPlan",
+    "StateGraph",
+    "candidate_plans",
+    "layout_of",
+    "plan_region",
+]
 
 Emit = Literal["auto", "split", "shrink"]
 Decision = Literal["dense", "shrink", "split"]
@@ -112,16 +121,7 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
         cost: the provider's coefficients.
         emit: ``auto`` chooses by cost; ``split`` asks for one branch per component; ``shrink`` for a single one.
     """
-    _, needed = live_units(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
-    live = tuple(
-        edge
-        if needed[edge.target].all()
-        else dataclasses.replace(edge, mask=edge.mask & needed[edge.target])
-        for edge in graph.edges
-    )
-    components = state_components(graph.axis_sizes, live)
-    masks = tuple(edge.mask for edge in live)
-    whole = sum(graph.axis_sizes)
+    masks, components = _live_structure(graph)
     if components.count == 0:
         return RegionPlan(
             "dense",
@@ -129,33 +129,84 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
             components,
             masks,
         )
-    dense_cost = _costs(graph, (_everything(graph),), cost)
-    candidates: list[tuple[float, tuple[Branch, ...]]] = []
-    for branches in _groupings(graph, components, emit):
-        if len(branches) == 1 and _kept(branches[0]) == whole:
-            continue  # this is the dense region
-        relative = float(np.exp(np.mean(np.log(_costs(graph, branches, cost) / dense_cost))))
-        candidates.append((relative, branches))
-    giant = int(components.sizes.max())
-    found = (
-        f"{components.count} component{'s' if components.count > 1 else ''} over {whole} nodes, the largest with "
-        f"{giant} ({giant / whole:.0%}), {components.isolated} isolated"
-    )
+    candidates = _ranked(graph, masks, components, cost, emit)
+    found = _found(graph, components)
     if not candidates:
         alone = components.count == 1
         why = "nothing to take apart" if alone else "not two of them have units on every axis"
         return RegionPlan("dense", f"{found}; {why}", components, masks)
-    relative, best = min(candidates, key=lambda candidate: candidate[0])
-    if relative > _WORTH and emit == "auto":
+    best = candidates[0]
+    if best.relative_cost > _WORTH and emit == "auto":
         return RegionPlan(
             "dense",
-            f"{found}; the best rewrite is predicted to take {relative:.2f} of the time",
+            f"{found}; the best rewrite is predicted to take {best.relative_cost:.2f} of the time",
             components,
             masks,
         )
-    decision: Decision = "split" if len(best) > 1 else "shrink"
-    reason = f"{found}; {len(best)} branch{'es' if len(best) > 1 else ''}, predicted to take {relative:.2f} of the time"
-    return RegionPlan(decision, reason, components, masks, best, relative)
+    return best
+
+
+def candidate_plans(
+    graph: StateGraph, cost: CostModel, emit: Emit = "auto"
+) -> tuple[RegionPlan, ...]:
+    """Every way of rewriting a region that is compared, by predicted cost; arguments as of :func:`plan_region`.
+
+    None of them is dense, and they are given even where none is predicted to pay.
+    """
+    masks, components = _live_structure(graph)
+    return () if components.count == 0 else _ranked(graph, masks, components, cost, emit)
+
+
+def _live_structure(graph: StateGraph) -> tuple[tuple[NDArray[np.bool_], ...], Components]:
+    """Per edge the supported entries that lead to an exit, and the components that they make."""
+    _, needed = live_units(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
+    live = tuple(
+        edge
+        if needed[edge.target].all()
+        else dataclasses.replace(edge, mask=edge.mask & needed[edge.target])
+        for edge in graph.edges
+    )
+    return tuple(edge.mask for edge in live), state_components(graph.axis_sizes, live)
+
+
+def _ranked(
+    graph: StateGraph,
+    masks: tuple[NDArray[np.bool_], ...],
+    components: Components,
+    cost: CostModel,
+    emit: Emit,
+) -> tuple[RegionPlan, ...]:
+    """The candidates, the one with the lowest predicted cost first."""
+    whole = sum(graph.axis_sizes)
+    dense_cost = _costs(graph, (_everything(graph),), cost)
+    found = _found(graph, components)
+    plans: list[RegionPlan] = []
+    for branches in _groupings(graph, components, emit):
+        if len(branches) == 1 and _kept(branches[0]) == whole:
+            continue  # this is the dense region
+        relative = float(np.exp(np.mean(np.log(_costs(graph, branches, cost) / dense_cost))))
+        count = f"{len(branches)} branch{'es' if len(branches) > 1 else ''}"
+        plans.append(
+            RegionPlan(
+                "split" if len(branches) > 1 else "shrink",
+                f"{found}; {count}, predicted to take {relative:.2f} of the time",
+                components,
+                masks,
+                branches,
+                relative,
+            )
+        )
+    return tuple(sorted(plans, key=lambda plan: plan.relative_cost))
+
+
+def _found(graph: StateGraph, components: Components) -> str:
+    """What the region's structure is, in words."""
+    whole = sum(graph.axis_sizes)
+    giant = int(components.sizes.max())
+    return (
+        f"{components.count} component{'s' if components.count > 1 else ''} over {whole} nodes, the largest with "
+        f"{giant} ({giant / whole:.0%}), {components.isolated} isolated"
+    )
 
 
 def layout_of(positions: Sequence[IntArray], size: int) -> Layout:
@@ -266,7 +317,7 @@ def _seconds(
         for edge in graph.edges:
             total += cost.matmul(rows, sizes[edge.source], sizes[edge.target], graph.itemsize)
         for axis in graph.elementwise:
-            total += cost.copy(rows, sizes[axis], graph.itemsize)
+            total += cost.elementwise(rows, sizes[axis], graph.itemsize)
     for axis in (*graph.entries, *graph.exits):
         total += _border_seconds(graph, branches, axis, cost, rows)
     return total
