@@ -23,7 +23,7 @@ from onnx_decompose.cost_cache import COEFFICIENTS
 from onnx_decompose.sessions import Provider
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -196,7 +196,9 @@ def _probes(provider: Provider) -> Iterator[_Probe]:
         yield _grouped(count, size)
     for units in (256, 1024, 4096):
         yield _moving("gather", units, ("rows", units), "Gather", _permutation(units), axis=-1)
-        yield _moving("row_gather", units, (units, "rows"), "Gather", _permutation(units), axis=0)
+        yield _moving(
+            "row_gather", units, (units, "rows"), "Gather", _permutation(units), axis=0
+        )
         yield _moving("transpose", units, ("rows", units), "Transpose", _nothing, perm=[1, 0])
         yield _moving("elementwise", units, ("rows", units), "Relu", _nothing)
         yield _split(units, 8)
@@ -263,7 +265,9 @@ def _split(units: int, parts: int) -> _Probe:
     )
 
 
-def _weight(*shape: int) -> Callable[[np.random.Generator, np.dtype[Any]], Sequence[NDArray[Any]]]:
+def _weight(
+    *shape: int,
+) -> Callable[[np.random.Generator, np.dtype[Any]], Sequence[NDArray[Any]]]:
     return lambda rng, dtype: [rng.standard_normal(shape, np.float32).astype(dtype)]
 
 

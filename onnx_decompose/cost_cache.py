@@ -107,7 +107,9 @@ def _load(provider: Provider) -> CostModel | None:
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        logger.debug("no measured cost coefficients for %s; run onnx-decompose calibrate", provider)
+        logger.debug(
+            "no measured cost coefficients for %s; run onnx-decompose calibrate", provider
+        )
         return None
     except (OSError, ValueError) as error:
         logger.warning("%s: cannot be read, built-in costs are used: %s", path, error)

@@ -78,9 +78,12 @@ class Attempt:
     @property
     def is_exact(self) -> bool:
         """Whether no rewritten site has anything but exact zeros unsupported."""
+        return all(self.removes_only_zeros(region) for region, _ in self.rewrites)
+
+    def removes_only_zeros(self, region: Region) -> bool:
+        """Whether annealing ``region`` changes no weight."""
         return not any(
             (self.study.weight(site)[~self.selections[site.name].mask] != 0).any()
-            for region, _ in self.rewrites
             for site in region.sites
         )
 

@@ -184,6 +184,8 @@ def _ranked(
     for branches in _groupings(graph, components, emit):
         if len(branches) == 1 and _kept(branches[0]) == whole:
             continue  # this is the dense region
+        if plans and _same(plans[-1].branches, branches):
+            continue  # stretching changed nothing
         relative = float(np.exp(np.mean(np.log(_costs(graph, branches, cost) / dense_cost))))
         count = f"{len(branches)} branch{'es' if len(branches) > 1 else ''}"
         plans.append(
@@ -197,6 +199,14 @@ def _ranked(
             )
         )
     return tuple(sorted(plans, key=lambda plan: plan.relative_cost))
+
+
+def _same(some: tuple[Branch, ...], others: tuple[Branch, ...]) -> bool:
+    return len(some) == len(others) and all(
+        np.array_equal(mine, theirs)
+        for one, other in zip(some, others, strict=True)
+        for mine, theirs in zip(one.units, other.units, strict=True)
+    )
 
 
 def _found(graph: StateGraph, components: Components) -> str:
