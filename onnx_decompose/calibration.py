@@ -1,8 +1,8 @@
 """Measuring the cost model's coefficients on this machine: small models, and a least-squares fit to their times.
 
-A probe is an operator at some size. It is timed as a model of one copy and as one of several, each copy with an input
-and a constant of its own; the difference over the number of further copies is the time of one operator, without what
-a run takes in any case. The coefficients are then those that reproduce all times best, in logarithms: being wrong by
+A probe is an operator at some size. It is timed as a model of one copy and as one of several, each copy with
+constants of its own; the difference over the number of further copies is the time of one operator, without what a run
+takes in any case. The coefficients are then those that reproduce all times best, in logarithms: being wrong by
 a factor counts the same for a short operator and for a long one.
 """
 
@@ -34,10 +34,13 @@ __all__ = ["Sample", "calibrate", "fit", "measure"]
 logger = logging.getLogger(__name__)
 
 _COPIES = 5
-_ROWS = (1, 16, 256)
+_ROWS = {Provider.CPU: (1, 16, 256), Provider.CUDA: (1, 64, 2048)}
 _SETTINGS = BenchSettings(seconds=0.04, max_seconds=0.2, precision=0.1, warmup=2)
 _TOWARDS_START = 0.01
 """Weight of staying at the built-in coefficient: decides only where no time depends on one."""
+
+_SCAN = np.log(10.0) * np.linspace(-4, 4, 33)
+"""Logarithms of the factors by which a coefficient may be off from the built-in one."""
 
 _OPSET = 17
 
@@ -82,7 +85,7 @@ def measure(provider: Provider, *, rng: np.random.Generator) -> list[Sample]:
     samples: list[Sample] = []
     for probe in _probes(provider):
         logger.info("calibrating: %s %s", probe.operator, probe.sizes)
-        feeds = {rows: probe.feeds(rows, rng) for rows in probe.rows}
+        feeds = {rows: probe.feeds(rows, rng) for rows in _ROWS[provider]}
         timing = bench_candidates(
             probe.model(1, rng),
             {"several": probe.model(_COPIES, rng)},
@@ -118,8 +121,25 @@ def fit(samples: Sequence[Sample], start: CostModel) -> CostModel:
         ratios = np.log([sample.predicted(cost) for sample in samples]) - measured
         return np.concatenate([ratios, _TOWARDS_START * (logs - origin)])
 
-    found = optimize.least_squares(residuals, origin, loss="soft_l1", f_scale=0.3)
+    begin = _scanned(lambda logs: float(np.abs(residuals(logs)).sum()), origin)
+    found = optimize.least_squares(residuals, begin, loss="soft_l1", f_scale=0.3)
     return with_logs(found.x)
+
+
+def _scanned(
+    loss: Callable[[NDArray[np.float64]], float], origin: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """A good place to begin: each coefficient in turn at the best of many values, twice.
+
+    Of flops and bytes only the slower counts, so where one is far too fast the loss does not change with it.
+    """
+    best = origin.copy()
+    for _ in range(2):
+        for number in range(best.size):
+            tried = np.tile(best, (_SCAN.size, 1))
+            tried[:, number] = origin[number] + _SCAN
+            best = tried[int(np.argmin([loss(logs) for logs in tried]))]
+    return best
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,7 +152,8 @@ class _Probe:
         shape: of the input; ``rows`` stands for the dynamic axis.
         node: makes the operator's node from its input, its output and its constants' names.
         constants: makes the constants of one copy.
-        rows: numbers of rows.
+        chained: each copy reads what the one before made, as convolutions in a row do, which onnxruntime runs in a
+            layout of its own; else each has an input of its own.
         dtype: of the input.
     """
 
@@ -141,7 +162,7 @@ class _Probe:
     shape: tuple[int | str, ...]
     node: Callable[[str, str, Sequence[str]], onnx.NodeProto]
     constants: Callable[[np.random.Generator, np.dtype[Any]], Sequence[NDArray[Any]]]
-    rows: tuple[int, ...] = _ROWS
+    chained: bool = False
     dtype: np.dtype[Any] = np.dtype(np.float32)  # noqa: RUF009 (immutable)
 
     @property
@@ -154,8 +175,12 @@ class _Probe:
         shape = [rows if size == "rows" else int(size) for size in self.shape]
         return {f"x{n}": rng.standard_normal(shape).astype(self.dtype) for n in range(_COPIES)}
 
+    def _unknown(self, output: str) -> list[str]:
+        """A shape of the input's rank, which every operator here keeps."""
+        return [f"{output}.{axis}" for axis in range(len(self.shape))]
+
     def model(self, copies: int, rng: np.random.Generator) -> bytes:
-        """The operator so many times, side by side."""
+        """The operator so many times."""
         element = helper.np_dtype_to_tensor_dtype(self.dtype)
         nodes: list[onnx.NodeProto] = []
         tensors: list[onnx.TensorProto] = []
@@ -164,7 +189,9 @@ class _Probe:
             for position, array in enumerate(self.constants(rng, self.dtype)):
                 names.append(f"c{copy}.{position}")
                 tensors.append(numpy_helper.from_array(array, names[-1]))
-            nodes.append(self.node(f"x{copy}", f"y{copy}", names))
+            source = f"y{copy - 1}" if self.chained and copy else f"x{copy}"
+            nodes.append(self.node(source, f"y{copy}", names))
+        results = nodes[-1:] if self.chained else nodes
         graph = helper.make_graph(
             nodes,
             "probe",
@@ -173,8 +200,8 @@ class _Probe:
                 for n in range(_COPIES)
             ],
             [
-                helper.make_tensor_value_info(name, element, None)
-                for node in nodes
+                helper.make_tensor_value_info(name, element, self._unknown(name))
+                for node in results
                 for name in node.output
             ],
             tensors,
@@ -226,13 +253,15 @@ def _batched(count: int, size: int) -> _Probe:
 
 
 def _grouped(count: int, size: int) -> _Probe:
-    """The rows lie on the spatial axis, as they do after a Transpose of (rows, units)."""
     return _Probe(
         "grouped_conv",
         (count, size, size),
-        (1, count * size, "rows"),
+        (1, count * size, 1, "rows"),
         lambda x, y, names: helper.make_node("Conv", [x, *names], [y], group=count),
-        _weight(count * size, size, 1),
+        lambda rng, dtype: [
+            (rng.standard_normal((count * size, size, 1, 1)) / np.sqrt(size)).astype(dtype)
+        ],
+        chained=True,
     )
 
 

@@ -24,7 +24,7 @@ class CostModel:
         byte_rate: bytes that a matrix product reads and writes.
         block: seconds that every block of a batched product or a grouped convolution takes on top.
         batched_flop_rate: floating point operations of a batched product.
-        grouped_flop_rate: floating point operations of a grouped 1x1 convolution.
+        grouped_flop_rate: floating point operations of a grouped 1x1 convolution, the rows on a spatial axis.
         copy_rate: bytes of Split, Slice, Concat and Expand, read and written in runs.
         elementwise_rate: bytes of an elementwise operator, read and written.
         gather_rate: bytes made by a Gather along the last axis, which copies element by element.
@@ -63,7 +63,7 @@ class CostModel:
     def grouped_conv(
         self, rows: int, count: int, inputs: int, outputs: int, itemsize: int
     ) -> float:
-        """Seconds of a 1x1 convolution of ``count`` groups, ``inputs`` to ``outputs`` channels each."""
+        """Seconds of a convolution (1, count * inputs, 1, rows) -> (1, count * outputs, 1, rows), 1x1 in groups."""
         shape = (count, inputs, outputs)
         product = self._product(self.grouped_flop_rate, rows, shape, itemsize)
         return self.kernel + count * self.block + product
@@ -102,20 +102,20 @@ class CostModel:
 
 
 CPU = CostModel(
-    kernel=3e-6,
-    flop_rate=8e10,
-    half_flop_rate=8e10,
-    byte_rate=1.5e10,
-    block=1e-6,
-    batched_flop_rate=7e10,
-    grouped_flop_rate=7e10,
-    copy_rate=8e9,
-    elementwise_rate=8e9,
-    gather_rate=2e9,
-    row_gather_rate=6e9,
-    transpose_rate=2e9,
+    kernel=2.5e-6,
+    flop_rate=1.5e11,
+    half_flop_rate=1.5e11,
+    byte_rate=3e10,
+    block=2e-7,
+    batched_flop_rate=1.2e11,
+    grouped_flop_rate=1.65e11,
+    copy_rate=2.3e10,
+    elementwise_rate=8e10,
+    gather_rate=6e8,
+    row_gather_rate=4.5e10,
+    transpose_rate=7e9,
 )
-"""Two cores of a server, onnxruntime 1.32, float32; float16 is computed in float32 there."""
+"""Two cores of a server with AVX-512, onnxruntime 1.32, float32; float16 is computed in float32 there."""
 
 CUDA = CostModel(
     kernel=6e-6,

@@ -312,7 +312,7 @@ def peers(model: onnx.ModelProto) -> tuple[dict[str, onnx.ModelProto], dict[str,
             made[name] = optimize(copy)
         except ImportError as error:
             notes[name] = f"not installed ({error})"
-        except Exception as error:  # noqa: BLE001 (whatever another tool raises is its result)
+        except Exception as error:  # whatever another tool raises is its result
             notes[name] = f"failed: {type(error).__name__}: {error}"
     return made, notes
 

@@ -86,7 +86,9 @@ class _Builder:
         self.planted += int(mask.sum())
         return self.constant(name, stored)
 
-    def linear(self, value: str, name: str, mask: Mask, output: str, *, bias: bool = True) -> str:
+    def linear(
+        self, value: str, name: str, mask: Mask, output: str, *, bias: bool = True
+    ) -> str:
         """``output = value @ weight + bias``."""
         product = f"{name}.product" if bias else output
         self.node("MatMul", [value, self.weight(f"{name}.weight", mask)], product)
@@ -139,7 +141,10 @@ class Blocks:
 
 
 def matmul(
-    sizes: tuple[int, int], blocks: Blocks, dtype: type[np.floating[Any]], rng: np.random.Generator
+    sizes: tuple[int, int],
+    blocks: Blocks,
+    dtype: type[np.floating[Any]],
+    rng: np.random.Generator,
 ) -> PlantedModel:
     """One MatMul of ``sizes`` = (K, N)."""
     build = _Builder(dtype, rng)
@@ -156,7 +161,7 @@ def ffn(
     dtype: type[np.floating[Any]],
     rng: np.random.Generator,
 ) -> PlantedModel:
-    """x -> relu(x W_up + b_up) W_down + b_down -> y."""
+    """A feed-forward network, relu(x W_up + b_up) W_down + b_down."""
     build = _Builder(dtype, rng)
     inner, hidden, outer = (blocks.labels(size, rng) for size in sizes)
     build.linear("x", "up", _same(inner, hidden), "up.sum")
@@ -172,7 +177,7 @@ def gated_ffn(
     dtype: type[np.floating[Any]],
     rng: np.random.Generator,
 ) -> PlantedModel:
-    """SwiGLU: x -> (silu(x W_gate) * x W_up) W_down -> y, with ``sizes`` = (width, hidden)."""
+    """SwiGLU, (silu(x W_gate) * x W_up) W_down, with ``sizes`` = (width, hidden)."""
     build = _Builder(dtype, rng)
     inner, hidden, outer = (blocks.labels(sizes[axis], rng) for axis in (0, 1, 0))
     build.linear("x", "gate", _same(inner, hidden), "gate.sum", bias=False)
