@@ -6,6 +6,7 @@ log and never an error.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -17,13 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_decompose.cost import CPU, CUDA, CostModel
-from onnx_decompose.model_io import writing
+from onnx_decompose.model_io import check_output, writing
 from onnx_decompose.sessions import Provider
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["COEFFICIENTS", "Machine", "cache_path", "cost_model", "store", "this_machine"]
+__all__ = [
+    "COEFFICIENTS",
+    "Machine",
+    "cache_path",
+    "cost_model",
+    "prepare",
+    "store",
+    "this_machine",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +80,26 @@ def store(cost: CostModel, provider: Provider) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    path = cache_path(provider)
+    path = prepare(provider)
     content = {
         "machine": dataclasses.asdict(this_machine(provider)),
         "cost": {name: getattr(cost, name) for name in COEFFICIENTS},
     }
-    _make_folder(path.parent)
     with writing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    return path
+
+
+def prepare(provider: Provider) -> Path:
+    """The file that :func:`store` writes, in a folder that is there: asked before minutes are spent on measuring.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = cache_path(provider)
+    with contextlib.suppress(OSError):  # the check names what is wrong
+        path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
     return path
 
 
@@ -93,13 +114,6 @@ def this_machine(provider: Provider) -> Machine:
     if provider is Provider.CUDA:
         return Machine(_onnxruntime_version(), _gpu_name(), 0)
     return Machine(_onnxruntime_version(), _processor_name(), _processors())
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # writing the file says what is wrong
 
 
 def _load(provider: Provider) -> CostModel | None:

@@ -15,7 +15,7 @@ from onnx_decompose.analysis.criteria import Criterion, make_criterion
 from onnx_decompose.autotune import autotuned
 from onnx_decompose.bench import Timing, bench_models, slowdown, timing_feeds
 from onnx_decompose.cases import open_model
-from onnx_decompose.cost_cache import cost_model, store
+from onnx_decompose.cost_cache import cost_model, prepare, store
 from onnx_decompose.decompose import Attempt, annealed_model, attempt, rewritten_model
 from onnx_decompose.errors import AnnealingError, OptionError, StructuralError
 from onnx_decompose.feeds import index_limits
@@ -243,6 +243,7 @@ def calibrate(*, provider: ProviderChoice = "auto", seed: int = 0) -> tuple[Cost
         ProviderError: the asked provider cannot run here.
     """
     found = resolve_provider(provider)
+    prepare(found)
     cost = calibration.calibrate(found, rng=np.random.default_rng(seed))
     return cost, store(cost, found)
 

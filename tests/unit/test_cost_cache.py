@@ -100,7 +100,7 @@ def test_coefficients_of_another_version_are_not_used() -> None:
 
 def test_a_cache_that_cannot_be_written_says_so(folder: Path) -> None:
     folder.parent.write_text("a file where the folder should be", "utf-8")
-    with pytest.raises(OutputError, match=r"cost-cpu\.json: cannot be written"):
+    with pytest.raises(OutputError, match=r"cost-cpu\.json: its folder is missing"):
         store(MEASURED, Provider.CPU)
 
 
