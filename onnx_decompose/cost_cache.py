@@ -147,7 +147,8 @@ def _valid(content: Any, here: Machine) -> CostModel | str:
         return "holds other coefficients than this version has"
     if not _all_positive(cost.values()):
         return "holds coefficients that are no positive numbers"
-    return CostModel(**{name: float(value) for name, value in cost.items()})
+    values: dict[str, Any] = {name: float(value) for name, value in cost.items()}
+    return CostModel(**values)
 
 
 def _all_positive(values: Iterable[Any]) -> bool:

@@ -15,6 +15,7 @@ from onnx_decompose.cases import open_model
 from onnx_decompose.errors import DecomposeError
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.region_model import RegionModels
+from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.tensors import graph_inputs
 
 if TYPE_CHECKING:
@@ -86,12 +87,14 @@ class RegionBench:
         return tuple(timings.values())
 
     def _written(self, small: Model, region: Region, plan: RegionPlan) -> Model:
+        """The region as the plan has it, its border's free spaces renumbered as they would be in the model."""
+        numbering = choose_numbering(self._study.spaces, ((region, plan),))
         weights = {
             site.name: anneal(self._study.weight(site), mask)
             for site, mask in zip(region.sites, plan.masks, strict=True)
         }
         write = RewriteRegions(
-            plans=((region, plan),),
+            plans=((region, numbering.plan(region, plan)),),
             weight=lambda site: weights[site.name],
             shapes=self._study.shapes,
         )

@@ -64,7 +64,7 @@ class RegionModels:
             functions=proto.functions,
             graph=graph,
         )
-        return Model(small, None), _renumbered(region)
+        return Model(small, None), _relocated(region)
 
     def _value(self, name: str, region: Region) -> onnx.ValueInfoProto:
         """A declaration of ``name``; a value of unknown rank is taken to be (batch, units)."""
@@ -84,7 +84,7 @@ class RegionModels:
         return helper.make_tensor_value_info(name, element, shape)
 
 
-def _renumbered(region: Region) -> Region:
+def _relocated(region: Region) -> Region:
     """The same region with its nodes counted from 0."""
     place = {index: number for number, index in enumerate(region.nodes)}
     return dataclasses.replace(

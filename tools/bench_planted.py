@@ -132,8 +132,12 @@ class Setup:
     @property
     def options(self) -> Options:
         """What cases are rewritten with."""
-        provider = "cuda" if self.provider is Provider.CUDA else "cpu"
-        return Options(provider=provider, batch=self.batches, seeds=1, seed=self.seed)
+        return Options(
+            provider="cuda" if self.provider is Provider.CUDA else "cpu",
+            batch=self.batches,
+            seeds=1,
+            seed=self.seed,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -274,7 +278,7 @@ def is_recovered(planted: PlantedModel) -> bool | None:
 def same_partition(some: NDArray[Any], others: NDArray[Any]) -> bool:
     """Whether two labelings divide their units alike, whatever the labels are called."""
     pairs = np.unique(np.stack([some, others]), axis=1).shape[1]
-    return pairs == np.unique(some).size == np.unique(others).size
+    return bool(pairs == np.unique(some).size == np.unique(others).size)
 
 
 def time_models(

@@ -93,7 +93,7 @@ class _Builder:
         product = f"{name}.product" if bias else output
         self.node("MatMul", [value, self.weight(f"{name}.weight", mask)], product)
         if bias:
-            shift = self._rng.normal(0, 0.1, mask.shape[1])
+            shift = self._rng.normal(0, 0.1, (mask.shape[1],))
             self.node("Add", [product, self.constant(f"{name}.bias", shift)], output)
         return output
 
