@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 DTYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 BATCHES = (1, 16, 128, 512)
 QUICK_BATCHES = (1, 16)
-SETTINGS = BenchSettings(seconds=0.4, max_seconds=0.8, precision=0.02)
+SETTINGS = BenchSettings(seconds=0.4, max_seconds=0.8, precision=0.02, warmup=2)
 OURS = "ours"
 
 
@@ -441,15 +441,15 @@ def main() -> int:
     for name, build in chosen.items():
         results.append(run_case(name, build, setup))
         print(f"{name}: {results[-1].reason}", file=sys.stderr, flush=True)
-    _write(results, setup, options)
+        _save(results, setup, options)
+    _show(results, setup)
     return int(any(result.failure is not None for result in results))
 
 
-def _write(results: Sequence[Result], setup: Setup, options: argparse.Namespace) -> None:
+def _show(results: Sequence[Result], setup: Setup) -> None:
     machine = this_machine(setup.provider)
     median = median_realized(results)
-    text = table(results, setup.batches)
-    print(text)
+    print(table(results, setup.batches))
     print(f"\nmedian realized/ideal: {'-' if median is None else f'{median:.2f}'}")
     print(
         f"{setup.provider}{', CUDA graphs' if setup.cuda_graph else ''}, {setup.dtype}, TF32 off; "
@@ -460,17 +460,21 @@ def _write(results: Sequence[Result], setup: Setup, options: argparse.Namespace)
     for result in results:
         if result.failure is not None:
             print(f"FAILED {result.name}: {result.failure}")
+
+
+def _save(results: Sequence[Result], setup: Setup, options: argparse.Namespace) -> None:
+    """What there is so far; the next case may take minutes."""
     if options.markdown is not None:
-        options.markdown.write_text(text + "\n", "utf-8")
+        options.markdown.write_text(table(results, setup.batches) + "\n", "utf-8")
     if options.json is not None:
         content = {
             "command": " ".join(["python", "tools/bench_planted.py", *sys.argv[1:]]),
-            "machine": dataclasses.asdict(machine),
+            "machine": dataclasses.asdict(this_machine(setup.provider)),
             "python": platform.python_version(),
             "provider": setup.provider.value,
             "cuda_graph": setup.cuda_graph,
             "dtype": setup.dtype,
-            "median_realized": median,
+            "median_realized": median_realized(results),
             "cases": [result.to_json() for result in results],
         }
         options.json.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
