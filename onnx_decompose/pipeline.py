@@ -358,7 +358,11 @@ def _without_harm(
         smaller = without_harmful(made.tried, timings, harm)
         if not smaller.rewrites:
             return dataclasses.replace(made, tried=smaller), harm
-        made = _make(smaller, inputs, provider, options)
+        try:
+            made = _make(smaller, inputs, provider, options)
+        except AnnealingError as error:  # fewer removals are not always a smaller error
+            logger.info("%s", error)
+            break
         still = slowdown(made.timing)
         if still is None:
             return made, None

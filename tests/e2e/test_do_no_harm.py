@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx.compose
 import pytest
 
+from onnx_decompose import pipeline
 from onnx_decompose.bench import BatchTiming, Timing
+from onnx_decompose.errors import AnnealingError
 from onnx_decompose.sessions import Provider
 from tests.e2e.planted import Planted, Recipe, dense_ffn, found_partition, plant, save
 
@@ -206,6 +208,28 @@ class TestSeveralRegions:
         result = command("rewrite", two, "-o", output, *SPLIT)
         assert result.last_line.startswith("nothing to do: the rewritten model is slower")
         assert log == ["model", "up", "second.up"]
+        assert output.read_bytes() == two.read_bytes()
+
+    def test_a_smaller_model_outside_the_budget_is_no_error(
+        self,
+        command: Command,
+        two: Path,
+        times: Callable[..., list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        log = times({"up": 0.8, "second.up": 2.0}, [0.9, 9.9])
+        measure = pipeline._measure
+
+        def first_only(*arguments: Any) -> Any:
+            if "model" in log:
+                raise AnnealingError("outside the budget")
+            return measure(*arguments)
+
+        monkeypatch.setattr(pipeline, "_measure", first_only)
+        output = two.with_name("out.onnx")
+        result = command("rewrite", two, "-o", output, *SPLIT)
+        assert result.code == 0
+        assert result.last_line.startswith("nothing to do: the rewritten model is slower")
         assert output.read_bytes() == two.read_bytes()
 
     def test_a_faster_model_is_taken_as_it_is(

@@ -15,6 +15,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_decompose.bench import BatchTiming, Timing
+from onnx_decompose.errors import ModelError
 from onnx_decompose.model_io import load_model
 from onnx_decompose.sessions import Provider, open_session
 from onnx_decompose.study import study_model
@@ -72,8 +73,6 @@ def built(name: str, dtype: type[Any] = np.float32) -> PlantedModel:
 def test_models_are_valid_and_run_at_any_batch_size(name: str, dtype: type[Any]) -> None:
     model = built(name, dtype).model
     onnx.checker.check_model(model, full_check=True)
-    if dtype is np.float16 and name in {"lstm", "gru"}:
-        return  # onnxruntime has no float16 kernel for them on the CPU
     session = open_session(model.SerializeToString(), Provider.CPU)
     shape = session.inputs[0].shape
     assert shape is not None
@@ -243,6 +242,19 @@ def test_a_case_that_is_left_dense_says_so(timed: list[list[str]]) -> None:
     assert result.realized == 0.5
     row = "| case | - | hold | left dense | 100.0% | 2.00 | kept | kept | 0.50 | 4.00 |"
     assert row in table([result], (1, 2))
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("timed")
+def test_a_model_that_does_not_run_here_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("model: no kernel for GRU")
+
+    monkeypatch.setattr(bench_planted, "time_models", refuse)
+    result = run_case("gru", BUILDERS["gru"], SETUP)
+    assert result.timings == {}
+    assert result.notes["gru, not timed"] == "model: no kernel for GRU"
+    assert "| kept | kept |" in table([result], (1, 2))
 
 
 def result_of(**changes: Any) -> Result:
