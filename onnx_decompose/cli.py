@@ -12,7 +12,13 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
-from onnx_decompose.console import progress, show_claims, show_report, show_timing
+from onnx_decompose.console import (
+    progress,
+    show_claims,
+    show_cost,
+    show_report,
+    show_timing,
+)
 from onnx_decompose.errors import ClaimError, DecomposeError, OptionError
 from onnx_decompose.model_io import check_output, save_model
 from onnx_decompose.options import Options, ProviderChoice
@@ -210,6 +216,11 @@ def analyze(
     show_default=True,
     help="How regions are rewritten.",
 )
+@click.option(
+    "--autotune",
+    is_flag=True,
+    help="Time the candidates of every region and take the fastest, not the one predicted to be.",
+)
 @_BATCH
 @click.option("--save-annealed", type=_PATH, help="Also write the dense annealed model.")
 @click.option("--force", is_flag=True, help="Keep a rewritten model that is not faster.")
@@ -323,6 +334,21 @@ def bench(
             {"version": VERSION, "model": str(rewritten), "timing": timing.to_json()}, report
         )
     _last_line(f"speed-up {timing.speedup:.2f}x over all batch sizes")
+
+
+@cli.command()
+@_PROVIDER
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the probes."
+)
+@_common_options
+def calibrate(provider: ProviderChoice, seed: int, console: Console) -> None:
+    """Measure what operators take on this machine, for the choice between rewrites; takes a minute or so."""
+    from onnx_decompose.pipeline import calibrate as run
+
+    cost, path = run(provider=provider, seed=seed)
+    show_cost(cost, console)
+    _last_line(f"calibrated: {path}")
 
 
 @cli.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from onnx_decompose.bench import Timing
+    from onnx_decompose.cost import CostModel
     from onnx_decompose.report import Report, SiteReport
     from onnx_decompose.verify import AnnealingClaim, StructuralClaim
 
-__all__ = ["progress", "show_claims", "show_report", "show_timing"]
+__all__ = ["progress", "show_claims", "show_cost", "show_report", "show_timing"]
 
 _ROWS = 40
 _SIZES = 4
@@ -87,6 +89,19 @@ def show_timing(timing: Timing, console: Console) -> None:
             f"{entry.speedup:.2f}x",
             f"{entry.low:.2f} to {entry.high:.2f}",
         )
+    console.print(table)
+
+
+def show_cost(cost: CostModel, console: Console) -> None:
+    """The coefficients of a cost model."""
+    table = Table(
+        title="seconds per operator or block, and rates per second", title_justify="left"
+    )
+    table.add_column("coefficient")
+    table.add_column("value", justify="right")
+    for name, value in dataclasses.asdict(cost).items():
+        if name != "batches":
+            table.add_row(name, f"{value:.3g}")
     console.print(table)
 
 

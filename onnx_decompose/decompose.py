@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Attempt", "attempt", "annealed_model", "rewritten_model"]
+__all__ = ["Attempt", "absorbing", "annealed_model", "attempt", "rewritten_model"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -87,13 +87,16 @@ class Attempt:
     @property
     def is_exact(self) -> bool:
         """Whether rewritten sites lose nothing but exact zeros, and no row or column is put in another's place."""
-        for region, plan in self.rewrites:
-            for site in region.sites:
-                selection = self.selections[site.name]
-                if (self.study.weight(site)[~selection.mask] != 0).any():
-                    return False
-                if plan.decision == "shared" and any(g.deviation > 0 for g in selection.shared):
-                    return False
+        return all(self.keeps_weights(region, plan) for region, plan in self.rewrites)
+
+    def keeps_weights(self, region: Region, plan: RegionPlan) -> bool:
+        """Whether ``region`` loses nothing but exact zeros, and no row or column is put in another's place."""
+        for site in region.sites:
+            selection = self.selections[site.name]
+            if (self.study.weight(site)[~selection.mask] != 0).any():
+                return False
+            if plan.decision == "shared" and any(g.deviation > 0 for g in selection.shared):
+                return False
         return True
 
     def annealed(self) -> dict[str, NDArray[Any]]:
@@ -102,7 +105,7 @@ class Attempt:
         return {
             site.name: places[site.name].scaled(self._kept(site, mask, plan))
             for region, plan in self.rewrites
-            for site, mask in zip(region.sites, plan.masks, strict=True)
+            for site, mask in zip(region.sites, _filled(region, plan), strict=True)
         }
 
     def kinds(self) -> dict[str, Annealing]:
@@ -110,7 +113,7 @@ class Attempt:
         return {
             site.name: _annealing(self.study.weight(site), self._kept(site, mask, plan))
             for region, plan in self.rewrites
-            for site, mask in zip(region.sites, plan.masks, strict=True)
+            for site, mask in zip(region.sites, _filled(region, plan), strict=True)
         }
 
     def _kept(self, site: Site, mask: NDArray[np.bool_], plan: RegionPlan) -> NDArray[Any]:
@@ -186,10 +189,16 @@ def attempt(
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
         plans.extend(parts if apart else [(region, whole)])
-    plans = [(region, _filled(region, plan)) for region, plan in plans]
-    tried = Attempt(study, evidence, criterion, selections, tuple(plans), added)
-    # Scaled weights are rounded anew, so that an attempt that changes no entry absorbs nothing.
-    return tried if tried.is_exact else dataclasses.replace(tried, absorbed=_absorbable(tried))
+    return absorbing(Attempt(study, evidence, criterion, selections, tuple(plans), added))
+
+
+def absorbing(tried: Attempt) -> Attempt:
+    """The attempt with the scales and shifts that its rewritten sites can take in.
+
+    Scaled weights are rounded anew, so that an attempt that changes no entry takes in none.
+    """
+    absorbed = {} if tried.is_exact else _absorbable(tried)
+    return dataclasses.replace(tried, absorbed=absorbed)
 
 
 def _plan(
@@ -293,16 +302,16 @@ def _plan_whole(
     return dataclasses.replace(plan, reason=reason), folding.added
 
 
-def _filled(region: Region, plan: RegionPlan) -> RegionPlan:
-    """The plan with all entries that its dense blocks have room for."""
+def _filled(region: Region, plan: RegionPlan) -> tuple[NDArray[np.bool_], ...]:
+    """The plan's masks with all entries that its dense blocks have room for."""
     if plan.decision not in {"shrink", "split"}:
-        return plan
+        return plan.masks
     masks: list[NDArray[np.bool_]] = []
     for site, mask in zip(region.sites, plan.masks, strict=True):
         source, target = region.axis_of[site.input], region.axis_of[site.output]
         blocks = [(branch.units[source], branch.units[target]) for branch in plan.branches]
         masks.append(fill(mask, blocks))
-    return dataclasses.replace(plan, masks=tuple(masks))
+    return tuple(masks)
 
 
 def _absorbable(tried: Attempt) -> dict[str, int]:

@@ -32,6 +32,7 @@ class Options:
         metric: ``module:function``, higher is better.
         provider: where to run and to time.
         emit: how regions are rewritten; ``auto`` chooses by cost.
+        autotune: time the candidates of every region and take the fastest, not the one predicted to be.
         batch: batch sizes at which the rewritten model is timed.
         seeds: random draws per size when claims are measured.
         seed: of everything random.
@@ -47,6 +48,7 @@ class Options:
     metric: str | None = None
     provider: ProviderChoice = "auto"
     emit: Emit = "auto"
+    autotune: bool = False
     batch: tuple[int, ...] = (1, 16, 256)
     seeds: int = 3
     seed: int = 0

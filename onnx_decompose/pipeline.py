@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
+from onnx_decompose import calibration
 from onnx_decompose.analysis.criteria import Criterion, make_criterion
 from onnx_decompose.analysis.shared import Shared
+from onnx_decompose.autotune import autotuned
 from onnx_decompose.bench import Timing, bench_models, slowdown, timing_feeds
 from onnx_decompose.cases import open_model
-from onnx_decompose.cost import CPU, CUDA, CostModel
+from onnx_decompose.cost_cache import cost_model, prepare, store
 from onnx_decompose.decompose import Attempt, annealed_model, attempt, rewritten_model
 from onnx_decompose.errors import AnnealingError, OptionError, StructuralError
 from onnx_decompose.feeds import index_limits
@@ -29,7 +31,9 @@ from onnx_decompose.model_io import (
     model_files,
     save_model,
 )
+from onnx_decompose.no_harm import MOST_TRIES, region_timings, short_settings, without_harmful
 from onnx_decompose.options import Options, ProviderChoice
+from onnx_decompose.region_bench import RegionBench
 from onnx_decompose.samples import load_inputs
 from onnx_decompose.sessions import Provider, resolve_provider
 from onnx_decompose.study import Study, study_model
@@ -51,12 +55,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from onnx_decompose.analysis.evidence import Evidence
+    from onnx_decompose.cost import CostModel
     from onnx_decompose.report import Report
 
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Rewrite", "analyze", "bench", "rewrite", "validate"]
+__all__ = ["Rewrite", "analyze", "bench", "calibrate", "rewrite", "validate"]
 
 Source = str | Path | onnx.ModelProto
 """A model, or where it lies."""
@@ -77,6 +82,21 @@ class Rewrite:
     report: Report
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Made:
+    """A rewritten model with its claims and times."""
+
+    tried: Attempt
+    model: Model
+    structural: StructuralClaim
+    annealing: AnnealingClaim
+    timing: Timing
+
+    @property
+    def measured(self) -> Measured:
+        return Measured(self.structural, self.annealing, self.timing)
+
+
 def analyze(source: Source, options: Options | None = None) -> Report:
     """What ``rewrite`` would find, and what other nulls could give; nothing is run.
 
@@ -91,9 +111,10 @@ def analyze(source: Source, options: Options | None = None) -> Report:
     study = study_model(load_model(source))
     evidence = gather_all(study, options)
     criterion = make_criterion(options.criterion, options.alpha)
-    tried = _attempt(study, evidence, criterion, options, CPU)
+    cost = cost_model(Provider.CPU, options.batch)
+    tried = _attempt(study, evidence, criterion, options, cost)
     return report_on(
-        tried, options, Measured(), others=tuple(alternatives(study, options, CPU, tried))
+        tried, options, Measured(), others=tuple(alternatives(study, options, cost, tried))
     )
 
 
@@ -121,23 +142,21 @@ def rewrite(
     provider = resolve_provider(options.provider)
     inputs = _inputs(study.model, options)
     tried, refusal = _anneal_within_budget(study, options, inputs, provider)
+    if options.autotune and refusal is None:
+        tried = _autotune(tried, provider, options)
     if refusal is not None or not tried.rewrites:
         return _unchanged(tried, output, options, Measured(), refusal)
-    annealed = annealed_model(tried)
-    logger.info("writing %d regions as branches", len(tried.rewrites))
-    rewritten = _rewrite(tried, options)
-    structural = _prove(study.model, rewritten, inputs, provider)
-    annealing = _measure(study.model, rewritten, inputs, provider, options)
-    timing = _time(study.model, rewritten, inputs, provider, options)
-    measured = Measured(structural, annealing, timing)
-    harm = slowdown(timing)
-    if harm is not None and not options.force:
+    made = _make(tried, inputs, provider, options)
+    harm = None if options.force else slowdown(made.timing)
+    if harm is not None:
+        made, harm = _without_harm(made, harm, inputs, provider, options)
+    if harm is not None:
         refusal = f"the rewritten model is {harm}; the original was kept"
-        return _unchanged(tried, output, options, measured, refusal)
+        return _unchanged(made.tried, output, options, made.measured, refusal)
     if output is not None:
-        save_model(rewritten.proto, output, data_from=study.model)
-    report = report_on(tried, options, measured)
-    return Rewrite(rewritten.proto, annealed.proto, report)
+        save_model(made.model.proto, output, data_from=study.model)
+    report = report_on(made.tried, options, made.measured)
+    return Rewrite(made.model.proto, annealed_model(made.tried).proto, report)
 
 
 def validate(  # noqa: PLR0913 (the command's options)
@@ -210,6 +229,26 @@ def bench(
     return _time(before, after, Inputs(samples, seed=seed), resolve_provider(provider), options)
 
 
+def calibrate(*, provider: ProviderChoice = "auto", seed: int = 0) -> tuple[CostModel, Path]:
+    """Measure the cost model's coefficients here and keep them for later calls of ``analyze`` and ``rewrite``.
+
+    Args:
+        provider: whose coefficients.
+        seed: of the weights and inputs that are timed.
+
+    Returns:
+        The coefficients, and the file that keeps them.
+
+    Raises:
+        OutputError: the cache directory cannot be written.
+        ProviderError: the asked provider cannot run here.
+    """
+    found = resolve_provider(provider)
+    prepare(found)
+    cost = calibration.calibrate(found, rng=np.random.default_rng(seed))
+    return cost, store(cost, found)
+
+
 def _attempt(
     study: Study,
     evidence: Mapping[str, Evidence],
@@ -256,7 +295,7 @@ def _anneal_within_budget(
         The attempt to carry out and None; or the attempt that was asked for and what stood against it, None where
         it takes nothing apart.
     """
-    cost = CUDA if provider is Provider.CUDA else CPU
+    cost = cost_model(provider, options.batch)
     asked: Attempt | None = None
     refusal: str | None = None
     for evidence, criterion in _levels(study, options):
@@ -283,6 +322,66 @@ def _anneal_within_budget(
         )
     assert asked is not None
     return asked, refusal
+
+
+def _autotune(tried: Attempt, provider: Provider, options: Options) -> Attempt:
+    """The fastest way to write every region, as measured."""
+    logger.info("timing the candidates of %d regions", len(tried.plans))
+    rng = np.random.default_rng(options.seed)
+    regions = RegionBench(tried.study, options.batch, provider, rng)
+    return autotuned(tried, regions, cost_model(provider, options.batch), options.emit)
+
+
+def _make(tried: Attempt, inputs: Inputs, provider: Provider, options: Options) -> _Made:
+    """The rewritten model, proved and timed."""
+    original = tried.study.model
+    logger.info("writing %d regions as branches", len(tried.rewrites))
+    model = _rewrite(tried, options)
+    return _Made(
+        tried,
+        model,
+        structural=_prove(original, model, inputs, provider),
+        annealing=_measure(original, model, inputs, provider, options),
+        timing=_time(original, model, inputs, provider, options),
+    )
+
+
+def _without_harm(
+    made: _Made, harm: str, inputs: Inputs, provider: Provider, options: Options
+) -> tuple[_Made, str | None]:
+    """A model that leaves the regions dense that do not pay.
+
+    Returns:
+        The model, and None; or the last one tried, and what is still against it.
+    """
+    timings: Mapping[str, Timing] = {}
+    for _ in range(MOST_TRIES - 1):
+        if len(made.tried.rewrites) == 1:
+            break
+        if not timings:
+            logger.info("the model is %s: timing its regions alone", harm)
+            timings = _time_regions(made.tried, provider, options)
+        smaller = without_harmful(made.tried, timings, harm)
+        if not smaller.rewrites:
+            return dataclasses.replace(made, tried=smaller), harm
+        try:
+            made = _make(smaller, inputs, provider, options)
+        except AnnealingError as error:  # fewer removals are not always a smaller error
+            logger.info("%s", error)
+            break
+        still = slowdown(made.timing)
+        if still is None:
+            return made, None
+        harm = still
+    return made, harm
+
+
+def _time_regions(tried: Attempt, provider: Provider, options: Options) -> Mapping[str, Timing]:
+    rng = np.random.default_rng(options.seed)
+    settings = short_settings(len(tried.rewrites), len(options.batch))
+    return region_timings(
+        tried, RegionBench(tried.study, options.batch, provider, rng, settings)
+    )
 
 
 def _rewrite(tried: Attempt, options: Options) -> Model:

@@ -38,6 +38,7 @@ __all__ = [
     "Emit",
     "RegionPlan",
     "StateGraph",
+    "candidate_plans",
     "common_order",
     "gathered_order",
     "layout_of",
@@ -155,16 +156,8 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
             ``triangular`` for groups of outputs with the inputs that each reads; ``shared`` for none (see
             :func:`plan_shared`).
     """
-    _, needed = live_units(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
-    live = tuple(
-        edge
-        if needed[edge.target].all()
-        else dataclasses.replace(edge, mask=edge.mask & needed[edge.target])
-        for edge in graph.edges
-    )
-    graph = dataclasses.replace(graph, edges=live)
-    components = state_components(graph.axis_sizes, live)
-    masks = tuple(edge.mask for edge in live)
+    graph, components = _live(graph)
+    masks = tuple(edge.mask for edge in graph.edges)
     if components.count == 0:
         return RegionPlan(
             "dense",
@@ -173,25 +166,30 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
             masks,
         )
     found = _description(graph, components)
-    dense_cost = _costs(graph, (_everything(graph),), cost)
-    candidates = [
-        (_relative(_costs(graph, candidate.branches, cost), dense_cost), candidate)
-        for generate in _GENERATORS
-        for candidate in generate(graph, components, cost, emit)
-    ]
+    candidates = _ranked(graph, components, cost, emit)
     if not candidates:
         why = _why_none(graph, components, emit)
         return RegionPlan("dense", f"{found}; {why}", components, masks)
-    relative, best = min(candidates, key=lambda candidate: candidate[0])
-    if relative > _WORTH and emit == "auto":
+    best = candidates[0]
+    if best.relative_cost > _WORTH and emit == "auto":
         return RegionPlan(
             "dense",
-            f"{found}; the best rewrite is predicted to take {relative:.2f} of the time",
+            f"{found}; the best rewrite is predicted to take {best.relative_cost:.2f} of the time",
             components,
             masks,
         )
-    reason = f"{found}; {best.found}, predicted to take {relative:.2f} of the time"
-    return RegionPlan(best.decision, reason, components, masks, best.branches, relative)
+    return best
+
+
+def candidate_plans(
+    graph: StateGraph, cost: CostModel, emit: Emit = "auto"
+) -> tuple[RegionPlan, ...]:
+    """Every way of rewriting a region that is compared, by predicted cost; arguments as of :func:`plan_region`.
+
+    None of them is dense, and they are given even where none is predicted to pay.
+    """
+    graph, components = _live(graph)
+    return () if components.count == 0 else _ranked(graph, components, cost, emit)
 
 
 def plan_shared(
@@ -230,6 +228,49 @@ def plan_shared(
         (Branch(kept),),
         relative,
         copies=best,
+    )
+
+
+def _live(graph: StateGraph) -> tuple[StateGraph, Components]:
+    """The region with the supported entries that lead to an exit only, and the components that they make."""
+    _, needed = live_units(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
+    edges = tuple(
+        edge
+        if needed[edge.target].all()
+        else dataclasses.replace(edge, mask=edge.mask & needed[edge.target])
+        for edge in graph.edges
+    )
+    live = dataclasses.replace(graph, edges=edges)
+    return live, state_components(graph.axis_sizes, edges)
+
+
+def _ranked(
+    graph: StateGraph, components: Components, cost: CostModel, emit: Emit
+) -> tuple[RegionPlan, ...]:
+    """The candidates of a live region, the one with the lowest predicted cost first."""
+    dense_cost = _costs(graph, (_everything(graph),), cost)
+    found = _description(graph, components)
+    masks = tuple(edge.mask for edge in graph.edges)
+    plans: list[RegionPlan] = []
+    for generate in _GENERATORS:
+        for candidate in generate(graph, components, cost, emit):
+            if plans and _same(plans[-1].branches, candidate.branches):
+                continue  # stretching changed nothing
+            relative = _relative(_costs(graph, candidate.branches, cost), dense_cost)
+            reason = f"{found}; {candidate.found}, predicted to take {relative:.2f} of the time"
+            plans.append(
+                RegionPlan(
+                    candidate.decision, reason, components, masks, candidate.branches, relative
+                )
+            )
+    return tuple(sorted(plans, key=lambda plan: plan.relative_cost))
+
+
+def _same(some: tuple[Branch, ...], others: tuple[Branch, ...]) -> bool:
+    return len(some) == len(others) and all(
+        np.array_equal(mine, theirs)
+        for one, other in zip(some, others, strict=True)
+        for mine, theirs in zip(one.units, other.units, strict=True)
     )
 
 
@@ -381,7 +422,7 @@ def _group_price(graph: StateGraph, cost: CostModel) -> Callable[..., FloatArray
             seconds += cuts * np.where(inputs == size, 0.0, cut)
             for axis in graph.elementwise:
                 units = inputs if axis == edge.source else outputs
-                seconds += cost.copy(rows, units, graph.itemsize)
+                seconds += cost.elementwise(rows, units, graph.itemsize)
             total += seconds / whole
         return total / len(cost.batches)
 
@@ -484,7 +525,7 @@ def _seconds(
         for edge in graph.edges:
             total += cost.matmul(rows, sizes[edge.source], sizes[edge.target], graph.itemsize)
         for axis in graph.elementwise:
-            total += cost.copy(rows, sizes[axis], graph.itemsize)
+            total += cost.elementwise(rows, sizes[axis], graph.itemsize)
     for axis in graph.entries:
         total += _cut_seconds(graph, branches, axis, cost, rows)
     for axis in graph.exits:

@@ -12,6 +12,7 @@ import dataclasses
 import enum
 import functools
 import importlib
+import itertools
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ from onnx_decompose.errors import DataError, ModelError, OptionError, ProviderEr
 from onnx_decompose.tensors import BFLOAT16, TensorSpec, tensor_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import ModuleType
 
     from numpy.typing import NDArray
@@ -52,6 +53,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _FATAL_ONLY = 4
+_GRAPH_ID = "gpu_graph_id"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -108,11 +110,14 @@ class SessionSettings:
         tf32: let CUDA round float32 products to TF32 (about 1e-3 relative).
         optimize: onnxruntime's graph optimizations; off to run the graph as it is written.
         threads: threads within one operator; onnxruntime's choice by default.
+        cuda_graph: on CUDA, capture the kernels of a bound run and launch them as one graph from then on; needs
+            a model without control flow, and :meth:`Session.bind`.
     """
 
     tf32: bool = False
     optimize: bool = True
     threads: int | None = None
+    cuda_graph: bool = False
 
 
 def resolve_provider(name: ProviderName, *, model: ModelSource | None = None) -> Provider:
@@ -164,6 +169,7 @@ class Session:
     label: str
     _session: Any = dataclasses.field(repr=False)
     _reopen: Callable[[], Session] = dataclasses.field(repr=False)
+    _graphs: Iterator[int] | None = dataclasses.field(default=None, repr=False)
 
     def reopen(self) -> Session:
         """The same model loaded once more, into other memory."""
@@ -207,11 +213,28 @@ class Session:
             device = "cpu" if spec.dtype == object else self.provider.value
             self._call(binding.bind_output, spec.name, device)
 
+        options = None if self._graphs is None else self._captured(binding, next(self._graphs))
+
         def run_once() -> None:
-            self._call(self._session.run_with_iobinding, binding)
+            self._call(self._session.run_with_iobinding, binding, options)
             binding.synchronize_outputs()
 
         return run_once
+
+    def _captured(self, binding: Any, number: int) -> object:
+        """Run options under which ``binding`` is captured as CUDA graph ``number``; its outputs get fixed addresses.
+
+        A captured graph is replayed at the addresses and shapes of its first run, so each binding has its own.
+        """
+        onnxruntime = _onnxruntime()
+        plain = onnxruntime.RunOptions()
+        plain.add_run_config_entry(_GRAPH_ID, "-1")  # only to learn the outputs' shapes
+        self._call(self._session.run_with_iobinding, binding, plain)
+        for spec, value in zip(self.outputs, binding.get_outputs(), strict=True):
+            self._call(binding.bind_ortvalue_output, spec.name, value)
+        options: object = onnxruntime.RunOptions()
+        options.add_run_config_entry(_GRAPH_ID, str(number))  # type: ignore[attr-defined]
+        return options
 
     def _check_names(self, feeds: Mapping[str, NDArray[Any]]) -> None:
         missing = [spec.name for spec in self.inputs if spec.name not in feeds]
@@ -258,7 +281,7 @@ def open_session(
     options = _session_options(onnxruntime, provider, settings)
     if data_folder is not None and isinstance(model, bytes):
         options.add_session_config_entry(_DATA_FOLDER, str(data_folder))
-    cuda = {"use_tf32": str(int(settings.tf32))} if provider is Provider.CUDA else {}
+    cuda = _cuda_options(settings) if provider is Provider.CUDA else {}
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
         session = onnxruntime.InferenceSession(
@@ -283,6 +306,7 @@ def open_session(
         _reopen=functools.partial(
             open_session, model, provider, settings, label=label, data_folder=data_folder
         ),
+        _graphs=itertools.count(1) if "enable_cuda_graph" in cuda else None,
     )
 
 
@@ -319,6 +343,13 @@ def _session_options(
         options.intra_op_num_threads = settings.threads
     if provider is Provider.CUDA:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def _cuda_options(settings: SessionSettings) -> dict[str, str]:
+    options = {"use_tf32": str(int(settings.tf32))}
+    if settings.cuda_graph:
+        options["enable_cuda_graph"] = "1"
     return options
 
 

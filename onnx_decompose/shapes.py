@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Dim", "infer_shapes", "opset_of", "skeleton"]
+__all__ = ["Dim", "infer_shapes", "infer_values", "opset_of", "skeleton"]
 
 Dim = int | str | None
 """A size, a symbolic name, or unknown."""
@@ -21,7 +21,18 @@ _SMALL = 1024  # bytes: shape arithmetic reads constants of a few entries, never
 
 
 def infer_shapes(proto: onnx.ModelProto) -> Mapping[str, tuple[Dim, ...]]:
-    """Shapes by value name; values of unknown rank are left out.
+    """Shapes by value name; values of unknown rank are left out."""
+    shapes: dict[str, tuple[Dim, ...]] = {
+        t.name: tuple(t.dims) for t in proto.graph.initializer
+    }
+    for name, value in infer_values(proto).items():
+        if value.type.tensor_type.HasField("shape"):
+            shapes[name] = tuple(_dim(d) for d in value.type.tensor_type.shape.dim)
+    return shapes
+
+
+def infer_values(proto: onnx.ModelProto) -> Mapping[str, onnx.ValueInfoProto]:
+    """Type and shape by value name, as far as they are known.
 
     Inference runs on a skeleton of the model whose weights are only declared, so it neither copies nor reads them.
     """
@@ -33,13 +44,7 @@ def infer_shapes(proto: onnx.ModelProto) -> Mapping[str, tuple[Dim, ...]]:
             "shape inference failed, going on without it: %s", str(error).splitlines()[0]
         )
     graph = declared.graph
-    shapes: dict[str, tuple[Dim, ...]] = {
-        t.name: tuple(t.dims) for t in proto.graph.initializer
-    }
-    for value in (*graph.value_info, *graph.input, *graph.output):
-        if value.type.tensor_type.HasField("shape"):
-            shapes[value.name] = tuple(_dim(d) for d in value.type.tensor_type.shape.dim)
-    return shapes
+    return {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
 
 
 def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 # Read once, when the numerical libraries are loaded: so before anything imports numpy or torch.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -12,6 +13,9 @@ import hypothesis
 import numpy as np
 import pytest
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile(
     "ci", deadline=None, derandomize=True, database=None, print_blob=True
@@ -19,6 +23,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default")
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_measured_costs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans must not depend on whether somebody has calibrated this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

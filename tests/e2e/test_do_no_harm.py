@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnx.compose
 import pytest
 
+from onnx_decompose import pipeline
 from onnx_decompose.bench import BatchTiming, Timing
+from onnx_decompose.errors import AnnealingError
 from onnx_decompose.sessions import Provider
 from tests.e2e.planted import Planted, Recipe, dense_ffn, found_partition, plant, save
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from onnx_decompose.plan import RegionPlan
+    from onnx_decompose.regions import Region
     from tests.e2e.conftest import Command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]
@@ -108,6 +113,153 @@ def test_forced_it_is_written(
     assert result.last_line.startswith("rewritten: ")
     assert len(found_partition(onnx.load(output), "up")) == 8
     assert "0.50x" in result.out
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """Two regions, "up" and "second.up", with a Softmax between them."""
+    rng = np.random.default_rng(3)
+    recipe = Recipe(blocks=((6, 12, 6),) * 3)
+    first, second = plant(recipe, rng).model, plant(recipe, rng).model
+    second = onnx.compose.add_prefix(second, "second.")
+    softmax = onnx.helper.make_node("Softmax", ["y"], ["between"], "softmax")
+    first.graph.node.append(softmax)
+    del first.graph.output[:]
+    first.graph.output.append(
+        onnx.helper.make_tensor_value_info("between", onnx.TensorProto.FLOAT, ["batch", 18])
+    )
+    joined = onnx.compose.merge_models(first, second, io_map=[("between", "second.x")])
+    return save(joined, tmp_path / "two.onnx")
+
+
+class TestSeveralRegions:
+    """Times of regions alone and of finished models are made up."""
+
+    @pytest.fixture
+    def times(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+        def install(regions: dict[str, float], models: list[float]) -> list[str]:
+            log: list[str] = []
+
+            def alone(_: object, region: Region, plans: tuple[RegionPlan, ...]) -> object:
+                log.append(region.name)
+                return tuple(timing(regions[region.name]) for _ in plans)
+
+            def finished(*_: object, **__: object) -> Timing:
+                log.append("model")
+                return timing(models[log.count("model") - 1])
+
+            monkeypatch.setattr("onnx_decompose.region_bench.RegionBench.time", alone)
+            monkeypatch.setattr("onnx_decompose.pipeline.bench_models", finished)
+            return log
+
+        return install
+
+    def test_the_region_that_does_harm_stays_dense(
+        self, command: Command, two: Path, times: Callable[..., list[str]]
+    ) -> None:
+        log = times({"up": 0.8, "second.up": 2.0}, [0.9, 1.5])
+        output, report = two.with_name("out.onnx"), two.with_name("r.json")
+        result = command("rewrite", two, "-o", output, "--report", report, *SPLIT)
+        assert result.last_line.startswith("rewritten: ")
+        assert log == ["model", "up", "second.up", "model"]
+        content = json.loads(report.read_text("utf-8"))
+        sites = {site["name"]: site for site in content["sites"]}
+        for name in ("up", "down"):
+            assert sites[name]["decision"] == "dense"
+            assert sites[name]["components"] == 3
+            assert (
+                "left dense: timed alone it is slower at batch 1: 0.80x"
+                in sites[name]["reason"]
+            )
+            assert sites[f"second.{name}"]["decision"] == "split"
+            assert "left dense" not in sites[f"second.{name}"]["reason"]
+        assert content["summary"]["rewritten"] == 2
+        assert content["summary"]["substructures"] == 3
+        assert content["timing"]["speedup"] == pytest.approx(1.5)
+        written = onnx.load(output)
+        nodes = [node.name for node in written.graph.node]
+        assert "up" in nodes
+        assert "second.up" not in nodes
+        assert command("validate", two, output).code == 0
+
+    def test_the_original_is_kept_where_nothing_helps(
+        self, command: Command, two: Path, times: Callable[..., list[str]]
+    ) -> None:
+        log = times({"up": 1.5, "second.up": 1.2}, [0.9, 0.95, 9.9])
+        output, report = two.with_name("out.onnx"), two.with_name("r.json")
+        result = command("rewrite", two, "-o", output, "--report", report, *SPLIT)
+        assert result.last_line == (
+            "nothing to do: the rewritten model is slower at batch 1: 0.95x "
+            "(99 % interval 0.94 to 0.96); the original was kept"
+        )
+        assert log == ["model", "up", "second.up", "model"]
+        assert output.read_bytes() == two.read_bytes()
+        content = json.loads(report.read_text("utf-8"))
+        assert content["summary"]["decomposable"] is False
+        reasons = {site["name"]: site["reason"] for site in content["sites"]}
+        assert "this region gains little (1.20x timed alone)" in reasons["second.up"]
+        assert reasons["up"].endswith("the original was kept")
+
+    def test_where_every_region_does_harm_no_other_model_is_made(
+        self, command: Command, two: Path, times: Callable[..., list[str]]
+    ) -> None:
+        log = times({"up": 0.8, "second.up": 0.7}, [0.9, 9.9])
+        output = two.with_name("out.onnx")
+        result = command("rewrite", two, "-o", output, *SPLIT)
+        assert result.last_line.startswith("nothing to do: the rewritten model is slower")
+        assert log == ["model", "up", "second.up"]
+        assert output.read_bytes() == two.read_bytes()
+
+    def test_a_smaller_model_outside_the_budget_is_no_error(
+        self,
+        command: Command,
+        two: Path,
+        times: Callable[..., list[str]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        log = times({"up": 0.8, "second.up": 2.0}, [0.9, 9.9])
+        measure = pipeline._measure
+
+        def first_only(*arguments: Any) -> Any:
+            if "model" in log:
+                raise AnnealingError("outside the budget")
+            return measure(*arguments)
+
+        monkeypatch.setattr(pipeline, "_measure", first_only)
+        output = two.with_name("out.onnx")
+        result = command("rewrite", two, "-o", output, *SPLIT)
+        assert result.code == 0
+        assert result.last_line.startswith("nothing to do: the rewritten model is slower")
+        assert output.read_bytes() == two.read_bytes()
+
+    def test_a_faster_model_is_taken_as_it_is(
+        self, command: Command, two: Path, times: Callable[..., list[str]]
+    ) -> None:
+        log = times({"up": 0.1, "second.up": 0.1}, [1.5])
+        command("rewrite", two, "-o", two.with_name("out.onnx"), *SPLIT)
+        assert log == ["model"]
+
+    def test_forced_nothing_is_dropped(
+        self, command: Command, two: Path, times: Callable[..., list[str]]
+    ) -> None:
+        log = times({"up": 0.1, "second.up": 2.0}, [0.9])
+        output = two.with_name("out.onnx")
+        result = command("rewrite", two, "-o", output, *SPLIT, "--force")
+        assert result.last_line.startswith("rewritten: ")
+        assert log == ["model"]
+        assert len(found_partition(onnx.load(output), "up")) == 3
+
+    def test_autotune_asks_the_clock_before_the_model_is_made(
+        self, command: Command, two: Path, times: Callable[..., list[str]]
+    ) -> None:
+        log = times({"up": 0.8, "second.up": 2.0}, [1.5])
+        output, report = two.with_name("out.onnx"), two.with_name("r.json")
+        command("rewrite", two, "-o", output, "--report", report, "--autotune")
+        assert log == ["up", "second.up", "model"]
+        sites = {s["name"]: s for s in json.loads(report.read_text("utf-8"))["sites"]}
+        assert (sites["up"]["decision"], sites["second.up"]["decision"]) == ("dense", "split")
+        assert "timed alone, is slower at batch 1: 0.80x" in sites["up"]["reason"]
+        assert "2.00x timed alone" in sites["second.up"]["reason"]
 
 
 def test_a_faster_model_is_written(

@@ -179,6 +179,7 @@ class TestOptions:
             metric="a:b",
             provider="cpu",
             emit="shrink",
+            autotune=True,
             batch=(2, 7),
             seed=11,
             force=True,

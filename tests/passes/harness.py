@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-FREE = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15, pick_rate=1e15)
+FREE = dataclasses.replace(
+    CPU, kernel=1e-12, copy_rate=1e15, elementwise_rate=1e15, gather_rate=1e15
+)
 """A provider where every component is worth a branch."""
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}

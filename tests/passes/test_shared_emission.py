@@ -84,7 +84,7 @@ def test_scattered_copies_are_gathered_where_no_operator_takes_them_by_type(
     rng: np.random.Generator,
 ) -> None:
     weight = weight_of(rng, columns=SCATTERED)
-    without = dataclasses.replace(FREE, pick_rate=0.0)
+    without = dataclasses.replace(FREE, pick_ratio=0.0)
     result = rewrite(matmul(weight), "shared", cost=without)
     assert result.ops == ["MatMul", "Gather"]
     check_parity(result, rng)

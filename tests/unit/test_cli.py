@@ -17,7 +17,7 @@ from onnx_decompose.cli import cli, main
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-VERBS = {"analyze", "bench", "demo", "export", "rewrite", "validate"}
+VERBS = {"analyze", "bench", "calibrate", "demo", "export", "rewrite", "validate"}
 
 
 @pytest.fixture(autouse=True)

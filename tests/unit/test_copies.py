@@ -14,7 +14,7 @@ from onnx_decompose.plan import RegionPlan, StateGraph, plan_region, plan_shared
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ROOMY = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, pick_rate=1e15)
+ROOMY = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15)
 """A provider where nothing costs but the products."""
 
 

@@ -16,7 +16,7 @@ def test_defaults_change_nothing_but_exact_zeros() -> None:
     assert (options.null, options.criterion, options.alpha) == ("auto", "fdr", 0.01)
     assert (options.budget, options.provider, options.emit) == (0.01, "auto", "auto")
     assert (options.batch, options.seeds, options.seed) == ((1, 16, 256), 3, 0)
-    assert options.force is False
+    assert (options.force, options.autotune) == (False, False)
     assert (options.calibration, options.metric, options.null_config) == (None, None, None)
 
 
@@ -40,6 +40,7 @@ def test_round_trip_through_plain_values() -> None:
         metric="a:b",
         provider="cpu",
         emit="split",
+        autotune=True,
         batch=(3,),
         seeds=2,
         seed=7,

@@ -24,7 +24,9 @@ from onnx_decompose.plan import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FREE = dataclasses.replace(CPU, kernel=1e-12, copy_rate=1e15, gather_rate=1e15)
+FREE = dataclasses.replace(
+    CPU, kernel=1e-12, copy_rate=1e15, elementwise_rate=1e15, gather_rate=1e15
+)
 """A provider where nothing costs but the products: every component is worth a branch."""
 
 DEAR = dataclasses.replace(CPU, kernel=1.0)

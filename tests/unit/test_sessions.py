@@ -205,6 +205,89 @@ class TestCudaSession:
         assert opened["options"].intra_op_num_threads == 3
 
 
+class FakeBinding:
+    """Remembers what is bound, and gives each output that is left to the device an address."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, str] = {}
+        self.runs: list[str | None] = []
+
+    def bind_output(self, name: str, device: str) -> None:
+        self.outputs[name] = f"any address on {device}"
+
+    def bind_ortvalue_output(self, name: str, value: str) -> None:
+        self.outputs[name] = value
+
+    def get_outputs(self) -> list[str]:
+        return [f"value {len(self.runs)} of {name}" for name in self.outputs]
+
+    def synchronize_outputs(self) -> None:
+        pass
+
+
+class TestCudaGraph:
+    """A captured graph is replayed at its first run's shapes and addresses."""
+
+    @pytest.fixture
+    def bindings(self, monkeypatch: pytest.MonkeyPatch) -> list[FakeBinding]:
+        runtime = use(monkeypatch, FakeRuntime())
+        runtime.preload_dlls()
+        made: list[FakeBinding] = []
+
+        def io_binding() -> FakeBinding:
+            made.append(FakeBinding())
+            return made[-1]
+
+        def run(binding: FakeBinding, options: Any) -> None:
+            binding.runs.append(None if options is None else options.entries["gpu_graph_id"])
+
+        def run_options() -> object:
+            entries: dict[str, str] = {}
+            return types.SimpleNamespace(
+                entries=entries, add_run_config_entry=entries.__setitem__
+            )
+
+        output = types.SimpleNamespace(name="y", type="tensor(float)", shape=["N"])
+        session = types.SimpleNamespace(
+            get_providers=lambda: [CUDA],
+            get_inputs=list,
+            get_outputs=lambda: [output],
+            io_binding=io_binding,
+            run_with_iobinding=run,
+        )
+        opened = runtime.InferenceSession
+
+        def inference_session(*args: Any, **kwargs: Any) -> object:
+            opened(*args, **kwargs)
+            return session
+
+        monkeypatch.setattr(runtime, "InferenceSession", inference_session)
+        monkeypatch.setattr(runtime, "RunOptions", run_options, raising=False)
+        self.runtime = runtime
+        return made
+
+    def test_each_binding_is_a_graph_of_its_own_with_fixed_outputs(
+        self, bindings: list[FakeBinding]
+    ) -> None:
+        session = open_session(b"model", Provider.CUDA, SessionSettings(cuda_graph=True))
+        assert self.runtime.opened[0]["providers"] == [
+            (CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"})
+        ]
+        for run in [session.bind({}), session.bind({})]:
+            run()
+            run()
+        # The first run captures nothing: it only tells the outputs' shapes.
+        assert [binding.runs for binding in bindings] == [["-1", "1", "1"], ["-1", "2", "2"]]
+        assert bindings[0].outputs == {"y": "value 1 of y"}
+        session.reopen().bind({})()
+        assert bindings[2].runs == ["-1", "1"]
+
+    def test_without_it_nothing_is_captured(self, bindings: list[FakeBinding]) -> None:
+        open_session(b"model", Provider.CUDA).bind({})()
+        assert bindings[0].runs == [None]
+        assert bindings[0].outputs == {"y": "any address on cuda"}
+
+
 @pytest.mark.gpu
 def test_cuda_runs_on_cuda() -> None:
     try:

@@ -1,0 +1,100 @@
+"""Choosing by measurement: a region's candidates timed against each other, each as a model of the region alone.
+
+The cost model ranks the candidates; here the best ranked of them run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+from onnx_decompose.bench import slowdown
+from onnx_decompose.decompose import absorbing
+from onnx_decompose.plan import candidate_plans
+from onnx_decompose.study import state_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from onnx_decompose.cost import CostModel
+    from onnx_decompose.decompose import Attempt
+    from onnx_decompose.plan import Emit, RegionPlan
+    from onnx_decompose.region_bench import RegionBench
+    from onnx_decompose.regions import Region
+
+__all__ = ["autotuned"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_CANDIDATES = 6
+
+
+def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -> Attempt:
+    """The attempt with every region rewritten in the way that is fastest over the batch sizes, or left dense.
+
+    Args:
+        tried: the attempt.
+        bench: times the candidates.
+        cost: ranks them; the best ranked few are timed.
+        emit: what was asked for; other than ``auto`` never leaves a region dense.
+    """
+    masks = {name: selection.mask for name, selection in tried.selections.items()}
+    plans: list[tuple[Region, RegionPlan]] = []
+    for region, plan in tried.plans:
+        # Where more than exact zeros would go, a region that was left dense is not in claim B.
+        if plan.decision == "dense" and not tried.keeps_weights(region, plan):
+            plans.append((region, plan))
+            continue
+        candidates = candidate_plans(
+            state_graph(tried.study, region, masks | _own_masks(region, plan)), cost, emit
+        )
+        if plan.decision == "shared":  # which is planned from the weight, not from the masks
+            candidates = (plan, *candidates)
+        plans.append((region, _fastest(region, plan, candidates, bench, emit)))
+    return absorbing(dataclasses.replace(tried, plans=tuple(plans)))
+
+
+def _own_masks(region: Region, plan: RegionPlan) -> dict[str, NDArray[np.bool_]]:
+    """The masks that a rewritten region was planned with: constant units may be folded out of them."""
+    if plan.decision == "dense":
+        return {}
+    return {site.name: mask for site, mask in zip(region.sites, plan.masks, strict=True)}
+
+
+def _fastest(
+    region: Region,
+    predicted: RegionPlan,
+    candidates: Sequence[RegionPlan],
+    bench: RegionBench,
+    emit: Emit,
+) -> RegionPlan:
+    """The fastest candidate; ``predicted`` where nothing can be timed."""
+    chosen = tuple(_shortlist(candidates))
+    timings = bench.time(region, chosen) if chosen else None
+    if timings is None:
+        return predicted
+    for plan, timing in zip(chosen, timings, strict=True):
+        logger.info("region %s: %.2fx alone: %s", region.name, timing.speedup, plan.reason)
+    best = max(range(len(chosen)), key=lambda number: timings[number].speedup)
+    plan, timing = chosen[best], timings[best]
+    rank = f"the fastest of {len(chosen)} candidates"
+    harm = slowdown(timing)
+    if harm is not None and emit == "auto":
+        reason = f"{plan.reason}; {rank}, timed alone, is {harm}"
+        return dataclasses.replace(plan, decision="dense", branches=(), reason=reason)
+    reason = f"{plan.reason}; {rank}, {timing.speedup:.2f}x timed alone"
+    return dataclasses.replace(plan, reason=reason)
+
+
+def _shortlist(candidates: Sequence[RegionPlan]) -> Iterator[RegionPlan]:
+    """The best ranked candidate of every decision, then the next best, up to a few; ``candidates`` are sorted."""
+    first: dict[str, int] = {}
+    for number, plan in enumerate(candidates):
+        first.setdefault(plan.decision, number)
+    others = [number for number in range(len(candidates)) if number not in first.values()]
+    for number in [*first.values(), *others][:_MOST_CANDIDATES]:
+        yield candidates[number]

@@ -1,0 +1,101 @@
+"""Ways of rewriting a region, timed as models of the region alone.
+
+A region's time alone is not quite its time in the model, where other operators use the caches too: it decides between
+candidates, and the finished model is timed in any case.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from onnx_decompose.analysis.anneal import anneal
+from onnx_decompose.bench import BenchSettings, bench_candidates, timing_feeds
+from onnx_decompose.cases import open_model
+from onnx_decompose.errors import DecomposeError
+from onnx_decompose.passes.rewrite_regions import RewriteRegions
+from onnx_decompose.region_model import RegionModels
+from onnx_decompose.renumbering import choose_numbering
+from onnx_decompose.tensors import graph_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from onnx_decompose.bench import Timing
+    from onnx_decompose.model_io import Model
+    from onnx_decompose.plan import RegionPlan
+    from onnx_decompose.regions import Region
+    from onnx_decompose.sessions import Provider
+    from onnx_decompose.study import Study
+
+__all__ = ["RegionBench"]
+
+logger = logging.getLogger(__name__)
+
+
+class RegionBench:
+    """Times ways of rewriting a region against the region as it is.
+
+    Args:
+        study: the model.
+        batches: batch sizes.
+        provider: where to run.
+        rng: draws inputs, and the order of the models.
+        settings: how long to measure.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        batches: Sequence[int],
+        provider: Provider,
+        rng: np.random.Generator,
+        settings: BenchSettings | None = None,
+    ) -> None:
+        self._study = study
+        self._batches = batches
+        self._provider = provider
+        self._rng = rng
+        self._settings = settings or BenchSettings.quick()
+        self._models = RegionModels(study)
+
+    def time(self, region: Region, plans: Sequence[RegionPlan]) -> tuple[Timing, ...] | None:
+        """One timing per plan, all in one run; None, with a line in the log, where the region does not run alone."""
+        try:
+            return self._time(region, plans)
+        except DecomposeError as error:
+            logger.info("region %s is not timed alone: %s", region.name, error)
+            return None
+
+    def _time(self, region: Region, plans: Sequence[RegionPlan]) -> tuple[Timing, ...]:
+        small, inner = self._models.extract(region)
+        timings = bench_candidates(
+            open_model(small, self._provider),
+            {
+                str(number): open_model(self._written(small, inner, plan), self._provider)
+                for number, plan in enumerate(plans)
+            },
+            feeds_by_batch=timing_feeds(
+                graph_inputs(small.proto), self._batches, rng=self._rng
+            ),
+            provider=self._provider,
+            rng=self._rng,
+            settings=self._settings,
+        )
+        return tuple(timings.values())
+
+    def _written(self, small: Model, region: Region, plan: RegionPlan) -> Model:
+        """The region as the plan has it, its border's free spaces renumbered as they would be in the model."""
+        numbering = choose_numbering(self._study.spaces, ((region, plan),))
+        weights = {
+            site.name: anneal(self._study.weight(site), mask)
+            for site, mask in zip(region.sites, plan.masks, strict=True)
+        }
+        write = RewriteRegions(
+            plans=((region, numbering.plan(region, plan)),),
+            weight=lambda site: weights[site.name],
+            shapes=self._study.shapes,
+        )
+        return write(small).model
