@@ -35,6 +35,7 @@ __all__ = [
     "Model",
     "check_output",
     "copy_model",
+    "external_bytes",
     "external_files",
     "load_model",
     "model_files",
@@ -98,6 +99,17 @@ def read_tensor(model: Model, tensor: onnx.TensorProto) -> NDArray[Any]:
         raise ModelError(
             f"{model.label}: tensor '{tensor.name}' is broken ({_one_line(error)}); export the model again"
         ) from error
+
+
+def external_bytes(model: Model, tensor: onnx.TensorProto) -> NDArray[np.uint8]:
+    """The stored bytes of an external tensor, memory-mapped."""
+    path = _external_path(model, tensor)
+    offset, length = _extent(ExternalDataInfo(tensor))
+    length = path.stat().st_size - offset if length is None else length
+    if not length:
+        return np.empty(0, np.uint8)
+    mapped: NDArray[np.uint8] = np.memmap(str(path), np.uint8, "r", offset, (length,))
+    return mapped
 
 
 def check_output(path: Path, *, inputs: Iterable[Path] = ()) -> None:
