@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from onnx_decompose.errors import ModelError
+from onnx_decompose.tensors import FLOAT_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Refusal", "Site", "attribute_values", "check_finite", "find_sites", "site_weight"]
 
-_FLOATS = {
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-    onnx.TensorProto.DOUBLE,
-}
 _ROWS_AT_A_TIME = 4096
 
 
@@ -87,8 +82,12 @@ def find_sites(
                 f"{model.label}: node '{names[index]}' ({node.op_type}) has {len(node.input)} inputs, "
                 "not 2; export the model again"
             )
-        known = any(name in constants for name in node.input[:2])
-        if not known and node.input[1] not in constants.overridable:
+        first, second = node.input[:2]
+        if not any(
+            name in known
+            for name in (first, second)
+            for known in (constants, constants.computed)
+        ) and second not in constants.overridable:
             continue
         reason = next(_objections(node, constants), None)
         if reason is None:
@@ -147,12 +146,15 @@ def _objections(node: onnx.NodeProto, constants: Constants) -> Iterator[str]:
     first, second = node.input[:2]
     if second in constants.overridable:
         yield "the weight is also a graph input, so it can be overridden at run time"
+    if second in constants.computed:
+        behind = ", ".join(constants.computed[second])
+        yield f"the weight is not stored as floats but computed from constants ({behind})"
     if second not in constants:
         yield "the constant is on the left side"
         return
     constant = constants[second]
-    if constant.tensor.data_type not in _FLOATS:
-        held = onnx.TensorProto.DataType.Name(constant.tensor.data_type)
+    if constant.data_type not in FLOAT_TYPES:
+        held = onnx.TensorProto.DataType.Name(constant.data_type)
         yield f"the weight is {held}, not a float of 16 bits or more"
     if len(constant.shape) != 2:
         yield f"the weight has {len(constant.shape)} axes, not 2"

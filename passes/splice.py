@@ -25,7 +25,9 @@ __all__ = ["ORIGIN_KEY", "Fresh", "Placed", "constant_nodes", "splice", "with_no
 ORIGIN_KEY = "onnx_decompose.from"
 """Node metadata: the name of the node that a rewritten node stands for."""
 
-_CONSTANT_PRODUCERS = {"Constant", "Identity", "Transpose"}
+_CONSTANT_PRODUCERS = {
+    *("Cast", "Constant", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+}
 
 
 class Fresh:
@@ -123,6 +125,9 @@ def with_nodes(
     graph.node.extend(nodes)
     inputs = {value.name for value in graph.input}
     _delete(graph.initializer, "name", unread - inputs)
+    for index in reversed(range(len(graph.sparse_initializer))):
+        if graph.sparse_initializer[index].values.name in unread - inputs:
+            del graph.sparse_initializer[index]
     graph.initializer.extend(OnnxExporter.export_tensor_proto(tensor) for tensor in tensors)
     made = inputs.union(*(node.output for node in nodes))
     stale = (unread - made).union(changed)
