@@ -1,4 +1,4 @@
-"""What operators make of a stored constant without computing: other names, shapes, orders of axes, other float types."""
+"""What operators make of a stored constant without computing: other names, shapes, orders of axes, float types."""
 
 from __future__ import annotations
 

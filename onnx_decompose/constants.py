@@ -63,6 +63,11 @@ class Constants:
     def __getitem__(self, name: str) -> Constant:
         return self._found[name]
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Every value that no input can change, also those that are computed and not read."""
+        return frozenset(self._found.keys() | self.computed.keys())
+
     def array(self, name: str) -> Array:
         """The values; a view or a memory map where the stored form allows it."""
         constant = self._found[name]
@@ -103,7 +108,9 @@ class Constants:
             return
         dense = np.zeros(tuple(sparse.dims), dtype)
         places = read_tensor(self._model, sparse.indices)
-        flat = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), dense.shape)
+        flat = (
+            places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), dense.shape)
+        )
         dense.reshape(-1)[flat] = read_tensor(self._model, sparse.values)
         self._found[name] = Constant.stored(name, numpy_helper.from_array(dense, name))
 

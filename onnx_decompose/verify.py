@@ -10,12 +10,19 @@ Claim B, annealing error: how far the rewritten model is from the original, on s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.cases import made_up_cases, open_model, runnable, sample_cases
+from onnx_decompose.cases import (
+    OTHER_SIZES,
+    made_up_cases,
+    open_model,
+    runnable,
+    sample_cases,
+)
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import ModelError, OptionError
 from onnx_decompose.metadata import Decomposition, SiteBlocks, digest, read_decomposition
@@ -184,11 +191,15 @@ class Inputs:
             return f"random inputs (seed {self.seed}), not real ones"
         return f"{self.samples.source} ({self.samples.count} samples)"
 
-    def cases(self, model: Model) -> Iterator[Case]:
-        """Made-up cases, then the user's; claim B is measured on the user's alone where there are any."""
-        made_up = made_up_cases(
-            model.proto, seeds=self.seeds, rng=np.random.default_rng(self.seed)
-        )
+    def cases(self, model: Model, other: tuple[int, ...] = OTHER_SIZES[0]) -> Iterator[Case]:
+        """Made-up cases, then the user's; claim B is measured on the user's alone where there are any.
+
+        Args:
+            model: the model.
+            other: sizes of the dynamic axes that are not the batch, in the made-up cases.
+        """
+        rng = np.random.default_rng(self.seed)
+        made_up = made_up_cases(model.proto, seeds=self.seeds, rng=rng, other=other)
         for case in made_up:
             yield dataclasses.replace(case, typical=case.typical and self.samples is None)
         if self.samples is not None:
@@ -316,7 +327,7 @@ def measure_annealing(
     candidate = open_model(rewritten, provider)
     deviations = {spec.name: DeviationAccumulator() for spec in reference.outputs}
     scores: list[tuple[Feeds, Feeds, Feeds]] = []
-    for case, expected in runnable(inputs.cases(original), reference):
+    for case, expected in runnable(functools.partial(inputs.cases, original), reference):
         if not case.typical:
             continue
         got = candidate.run(case.feeds)
@@ -353,7 +364,7 @@ def _measure_structural(
     reference = open_model(annealed, provider)
     candidate = open_model(rewritten, provider)
     worst, cases, failure = 0.0, 0, None
-    for case, expected in runnable(inputs.cases(annealed), reference):
+    for case, expected in runnable(functools.partial(inputs.cases, annealed), reference):
         cases += 1
         got = candidate.run(case.feeds)
         for name, value in expected.items():

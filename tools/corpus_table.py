@@ -60,15 +60,17 @@ def _totals(outcomes: Mapping[str, Mapping[str, Any]]) -> str:
         counts["changed"] += bool(outcome.get("changed"))
     return (
         f"{len(outcomes)} models: {counts['rewritten']} rewritten, {counts['unchanged']} left as they were, of "
-        f"{counts['errors']} a stage ended with a reason; {counts['tracebacks']} tracebacks or crashes, {counts['invalid']} "
-        f"validation failures, {counts['slower']} slower than {SLOWER}x, {counts['changed']} with "
-        "anything else changed."
+        f"{counts['errors']} a stage ended with a reason; {counts['tracebacks']} tracebacks or crashes, "
+        f"{counts['invalid']} validation failures, {counts['slower']} slower than {SLOWER}x, "
+        f"{counts['changed']} with anything else changed."
     )
 
 
 def _row(name: str, outcome: Mapping[str, Any]) -> list[str]:
     seconds = outcome.get("seconds", {})
-    refused = [f"{e['nodes']} {e['op_type']}: {e['reason']}" for e in outcome.get("refused", ())]
+    refused = [
+        f"{e['nodes']} {e['op_type']}: {e['reason']}" for e in outcome.get("refused", ())
+    ]
     forms = [f"{count} {form}" for form, count in outcome.get("forms", {}).items()]
     changed = outcome.get("changed")
     return [
@@ -109,4 +111,6 @@ def _reason(outcome: Mapping[str, Any]) -> str:
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return (
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    )

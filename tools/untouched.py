@@ -17,9 +17,24 @@ if TYPE_CHECKING:
 __all__ = ["untouched_faults"]
 
 _ORIGIN = "onnx_decompose.from"
-_CONSTANT_PRODUCERS = {"Constant", "Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze"}
+_CONSTANT_PRODUCERS = {
+    "Constant",
+    "Identity",
+    "Transpose",
+    "Cast",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+}
 _FIELDS = (
-    *("ir_version", "producer_name", "producer_version", "domain", "model_version", "doc_string"),
+    *(
+        "ir_version",
+        "producer_name",
+        "producer_version",
+        "domain",
+        "model_version",
+        "doc_string",
+    ),
     *("opset_import", "functions", "training_info"),
 )
 
@@ -42,7 +57,14 @@ def _model_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[s
     for field in _FIELDS:
         if _bytes(getattr(before, field)) != _bytes(getattr(after, field)):
             yield f"model field {field} changed"
-    for field in ("name", "doc_string", "input", "output", "metadata_props", "sparse_initializer"):
+    for field in (
+        "name",
+        "doc_string",
+        "input",
+        "output",
+        "metadata_props",
+        "sparse_initializer",
+    ):
         if _bytes(getattr(before.graph, field)) != _bytes(getattr(after.graph, field)):
             yield f"graph field {field} changed"
     kept = {entry.key: entry.value for entry in after.metadata_props}
@@ -59,7 +81,12 @@ def _model_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[s
 def _node_faults(before: onnx.GraphProto, after: onnx.GraphProto) -> Iterator[str]:
     kept = set(_bytes(after.node))
     read = _names_read(after)
-    origins = {entry.value for node in after.node for entry in node.metadata_props if entry.key == _ORIGIN}
+    origins = {
+        entry.value
+        for node in after.node
+        for entry in node.metadata_props
+        if entry.key == _ORIGIN
+    }
     for node in before.node:
         if _bytes([node])[0] in kept or {node.name, *node.output} & origins:
             continue
@@ -110,6 +137,8 @@ def _bytes(value: Any) -> list[Any]:
     """A field's content in a form that compares: serialized messages, or plain values."""
     items = [value] if isinstance(value, str | int) else list(value)
     return [
-        item.SerializeToString(deterministic=True) if hasattr(item, "SerializeToString") else item
+        item.SerializeToString(deterministic=True)
+        if hasattr(item, "SerializeToString")
+        else item
         for item in items
     ]
