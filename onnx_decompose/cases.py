@@ -7,6 +7,12 @@ import logging
 from typing import TYPE_CHECKING
 
 from onnx_decompose.errors import DataError, ModelError
+from onnx_decompose.external_data import (
+    ALIGNMENT,
+    inline_bytes,
+    set_entry,
+    without_weights,
+)
 from onnx_decompose.feeds import (
     batch_sizes,
     index_limits,
@@ -14,6 +20,7 @@ from onnx_decompose.feeds import (
     size_settings,
     special_feeds,
 )
+from onnx_decompose.model_io import read_tensor
 from onnx_decompose.sessions import open_session
 from onnx_decompose.tensors import graph_inputs
 
@@ -41,6 +48,9 @@ __all__ = [
 ]
 
 _SAMPLES_AT_A_TIME = 256
+_MOST_SERIALIZED = 2**31 - 2**26
+"""Bytes of weights; protobuf's own limit is 2 GB for all of a model."""
+
 OTHER_SIZES = ((32, 64), (512, 1024), (8, 16), (1, 2))
 """Sizes of dynamic axes that are not the batch: the first pair that a model accepts is used."""
 
@@ -66,9 +76,24 @@ class Case:
 
 
 def open_model(model: Model, provider: Provider) -> Session:
-    """A session on a model whose external data, if any, lies beside its file."""
-    content = model.proto.SerializeToString()
-    return open_session(content, provider, label=model.label, data_folder=model.folder)
+    """A session on a model whose external data, if any, lies beside its file.
+
+    A model that is too large to be serialized (rewritten weights of one with external data) is handed over without
+    its weights, and these by reference.
+    """
+    proto, weights = model.proto, None
+    if inline_bytes(proto) > _MOST_SERIALIZED:
+        proto, emptied = without_weights(model.proto)
+        weights = {tensor.name: read_tensor(model, source) for tensor, source in emptied}
+        for number, (tensor, source) in enumerate(emptied):
+            set_entry(tensor, "given", number * ALIGNMENT, weights[source.name].nbytes)
+    return open_session(
+        proto.SerializeToString(),
+        provider,
+        label=model.label,
+        data_folder=model.folder,
+        weights=weights,
+    )
 
 
 def made_up_cases(

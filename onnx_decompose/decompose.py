@@ -16,7 +16,7 @@ from onnx_decompose.plan import RegionPlan, plan_region
 from onnx_decompose.study import state_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onnx_decompose.model_io import Model
     from onnx_decompose.plan import Emit
     from onnx_decompose.regions import Region
+    from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
 
 logger = logging.getLogger(__name__)
@@ -82,13 +83,11 @@ class Attempt:
             for site in region.sites
         )
 
-    def annealed(self) -> dict[str, NDArray[Any]]:
-        """Annealed weight, (K, N), of every site that is rewritten, by name."""
-        return {
-            site.name: anneal(self.study.weight(site), mask)
-            for region, plan in self.rewrites
-            for site, mask in zip(region.sites, plan.masks, strict=True)
-        }
+    def annealed(self) -> Iterator[tuple[Site, NDArray[Any]]]:
+        """Every site that is rewritten and its annealed weight, (K, N), one after another."""
+        for region, plan in self.rewrites:
+            for site, mask in zip(region.sites, plan.masks, strict=True):
+                yield site, anneal(self.study.weight(site), mask)
 
 
 def attempt(
@@ -123,22 +122,24 @@ def attempt(
 
 def annealed_model(tried: Attempt) -> Model:
     """The original graph with the unsupported entries of the rewritten sites removed."""
-    weights = tried.annealed()
     changed = {
-        site: weights[site.name]
-        for region, _ in tried.rewrites
-        for site in region.sites
-        if not np.array_equal(weights[site.name], tried.study.weight(site))
+        site: weight
+        for site, weight in tried.annealed()
+        if not np.array_equal(weight, tried.study.weight(site))
     }
     return ReplaceWeights(changed)(tried.study.model).model
 
 
 def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
     """The model with every planned region written as branches, and what its metadata will say."""
-    weights = tried.annealed()
+    masks = {
+        site.name: mask
+        for region, plan in tried.rewrites
+        for site, mask in zip(region.sites, plan.masks, strict=True)
+    }
     rewriting = RewriteRegions(
         plans=[(region, plan.branches) for region, plan in tried.rewrites],
-        weight=lambda site: weights[site.name],
+        weight=lambda site: anneal(tried.study.weight(site), masks[site.name]),
         shapes=tried.study.shapes,
     )
     model = rewriting(tried.study.model).model
@@ -146,12 +147,11 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         site.name: SiteBlocks(
             site=site.name,
             shape=site.shape,
-            annealing=_annealing(tried.study.weight(site), weights[site.name]),
-            sha256=digest(weights[site.name]),
+            annealing=_annealing(tried.study.weight(site), weight),
+            sha256=digest(weight),
             blocks=rewriting.record[site.name],
         )
-        for region, _ in tried.rewrites
-        for site in region.sites
+        for site, weight in tried.annealed()
     }
     return model, Decomposition(budget, sites)
 

@@ -67,6 +67,7 @@ class _SessionOptions(Protocol):
     intra_op_num_threads: int
 
     def add_session_config_entry(self, key: str, value: str) -> None: ...
+    def add_external_initializers(self, names: list[str], values: list[_OrtValue]) -> None: ...
 
 
 class _OrtValue(Protocol):
@@ -234,6 +235,7 @@ def open_session(
     *,
     label: str | None = None,
     data_folder: Path | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> Session:
     """Load a model for running.
 
@@ -245,6 +247,7 @@ def open_session(
         settings: how to run it.
         label: what messages call the model; its path by default.
         data_folder: where the external data of a model given as bytes lies.
+        weights: initializers that the model declares as external data and that are given here instead, not copied.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -258,6 +261,9 @@ def open_session(
     options = _session_options(onnxruntime, provider, settings)
     if data_folder is not None and isinstance(model, bytes):
         options.add_session_config_entry(_DATA_FOLDER, str(data_folder))
+    if weights:
+        values = [_ort_value(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
     cuda = {"use_tf32": str(int(settings.tf32))} if provider is Provider.CUDA else {}
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
@@ -281,7 +287,13 @@ def open_session(
         label=label,
         _session=session,
         _reopen=functools.partial(
-            open_session, model, provider, settings, label=label, data_folder=data_folder
+            open_session,
+            model,
+            provider,
+            settings,
+            label=label,
+            data_folder=data_folder,
+            weights=weights,
         ),
     )
 

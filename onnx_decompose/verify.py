@@ -266,13 +266,14 @@ def structural_claim(
         )
     fault, weights = prove_structure(original, rewritten, decomposition)
     if fault is not None:
-        return StructuralClaim(False, fault, len(weights), 0, float("nan"))
+        return StructuralClaim(False, fault, 0, 0, float("nan"))
     annealed = ReplaceWeights(weights)(original).model
     measured = _measure_structural(
         annealed, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
     )
-    proved = f"{len(weights)} weights rebuilt bit for bit; " if weights else ""
-    return dataclasses.replace(measured, reason=proved + measured.reason, sites=len(weights))
+    count = len(decomposition.sites)
+    proved = f"{count} weights rebuilt bit for bit; " if count else ""
+    return dataclasses.replace(measured, reason=proved + measured.reason, sites=count)
 
 
 def prove_structure(
@@ -281,7 +282,8 @@ def prove_structure(
     """Rebuild every rewritten weight from its blocks and compare bit for bit, before anything runs.
 
     Returns:
-        What is wrong first, or None; and the annealed weights by site of the original, (K, N) each.
+        What is wrong first, or None; and by site of the original the annealed weights, (K, N), that are not the
+        original's.
     """
     constants = Constants(original)
     sites = {site.name: site for site in find_sites(original, constants)[0]}
@@ -312,7 +314,8 @@ def prove_structure(
                 )
             rebuilt[np.ix_(block.rows, block.columns)] = values
         fault = fault or _compare_weights(blocks, before, rebuilt)
-        weights[site] = rebuilt
+        if not np.array_equal(rebuilt, before):
+            weights[site] = rebuilt
     changed = _changed_tensor(original, rewritten)
     if fault is None and changed is not None:
         fault = f"tensor '{changed}', which was not rewritten, is not the original's"
