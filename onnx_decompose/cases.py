@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from onnx_decompose.errors import DataError, ModelError
 from onnx_decompose.external_data import (
     ALIGNMENT,
+    external_tensors,
     inline_bytes,
     set_entry,
     without_weights,
@@ -21,7 +22,7 @@ from onnx_decompose.feeds import (
     special_feeds,
 )
 from onnx_decompose.model_io import read_tensor
-from onnx_decompose.sessions import open_session
+from onnx_decompose.sessions import SessionSettings, open_session
 from onnx_decompose.tensors import graph_inputs
 
 if TYPE_CHECKING:
@@ -75,8 +76,10 @@ class Case:
     typical: bool = True
 
 
-def open_model(model: Model, provider: Provider) -> Session:
+def open_model(model: Model, provider: Provider, *, fast: bool = False) -> Session:
     """A session on a model whose external data, if any, lies beside its file.
+
+    Unless it is to be ``fast``, as for timing, the weights of a model with external data stay in their file, mapped.
 
     A model that is too large to be serialized (rewritten weights of one with external data) is handed over without
     its weights, and these by reference.
@@ -90,6 +93,7 @@ def open_model(model: Model, provider: Provider) -> Session:
     return open_session(
         proto.SerializeToString(),
         provider,
+        SessionSettings(prepack=fast or next(external_tensors(proto), None) is None),
         label=model.label,
         data_folder=model.folder,
         weights=weights,

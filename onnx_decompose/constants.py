@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["Constant", "Constants"]
 
 _SCALAR_FORMS = ("value_float", "value_int", "value_floats", "value_ints")
-_NOT_REPEATABLE = {"RandomNormal", "RandomUniform", "Bernoulli", "Multinomial", "Dropout"}
+_RANDOM = {
+    *("Bernoulli", "Dropout", "Multinomial"),
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+}
 _MOST_DENSE = 2**31
 """Bytes that a sparse tensor may take when it is made dense."""
 
@@ -118,7 +121,7 @@ class Constants:
         """Remember that ``node`` computes its outputs from constants alone, if it does."""
         read = [name for name in node.input if name]
         known = all(name in self._found or name in self.computed for name in read)
-        if not read or not known or node.op_type in _NOT_REPEATABLE or _has_subgraph(node):
+        if not read or not known or node.op_type in _RANDOM or _has_subgraph(node):
             return
         behind: dict[str, None] = {}
         for name in read:

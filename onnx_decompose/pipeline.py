@@ -320,7 +320,7 @@ def _time(
     """Both models side by side, at every asked batch size."""
     logger.info("timing the rewritten model against the original")
     rng = np.random.default_rng(options.seed)
-    reference = open_model(original, provider)
+    reference = open_model(original, provider, fast=True)
     feeds = timing_feeds(
         graph_inputs(original.proto),
         options.batch,
@@ -331,7 +331,7 @@ def _time(
     )
     return bench_models(
         reference,
-        open_model(rewritten, provider),
+        open_model(rewritten, provider, fast=True),
         feeds_by_batch=feeds,
         provider=provider,
         rng=rng,

@@ -109,11 +109,14 @@ class SessionSettings:
         tf32: let CUDA round float32 products to TF32 (about 1e-3 relative).
         optimize: onnxruntime's graph optimizations; off to run the graph as it is written.
         threads: threads within one operator; onnxruntime's choice by default.
+        prepack: let onnxruntime keep weights in a layout of its own: faster, but a copy in memory, where the weights of
+            a model with external data are otherwise mapped from their file.
     """
 
     tf32: bool = False
     optimize: bool = True
     threads: int | None = None
+    prepack: bool = True
 
 
 def resolve_provider(name: ProviderName, *, model: ModelSource | None = None) -> Provider:
@@ -327,6 +330,8 @@ def _session_options(
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if settings.optimize else levels.ORT_DISABLE_ALL
     )
+    if not settings.prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     if provider is Provider.CUDA:

@@ -89,7 +89,7 @@ def _add_layer(
         weight *= rows[:, None] == columns
         weight *= np.float32((rows.size / blocks) ** -0.5)
         tensors.append(_declared(f"{name}.weight.{layer}", weight))
-        writer.append(tensors[-1], memoryview(weight.reshape(-1)).cast("B"))
+        writer.append(tensors[-1], weight.reshape(-1).view(np.uint8).data)
         bias = rng.standard_normal(columns.size, np.float32) * np.float32(0.1)
         tensors.append(numpy_helper.from_array(bias, f"{name}.bias.{layer}"))
     for name in ("scale", "shift"):

@@ -63,7 +63,6 @@ def _model_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[s
         "input",
         "output",
         "metadata_props",
-        "sparse_initializer",
     ):
         if _bytes(getattr(before.graph, field)) != _bytes(getattr(after.graph, field)):
             yield f"graph field {field} changed"
@@ -105,6 +104,10 @@ def _tensor_faults(before: Model, after: Model) -> Iterator[str]:
                 yield f"tensor {tensor.name} is gone, and still read"
         elif not _equal(before, tensor, after, other):
             yield f"tensor {tensor.name} changed"
+    sparse = set(_bytes(after.proto.graph.sparse_initializer))
+    for entry in before.proto.graph.sparse_initializer:
+        if entry.values.name in read and _bytes([entry])[0] not in sparse:
+            yield f"sparse tensor {entry.values.name} changed"
 
 
 def _equal(
