@@ -15,7 +15,9 @@ from onnx_decompose.external_data import (
     without_weights,
 )
 from onnx_decompose.feeds import (
+    batch_dims,
     batch_sizes,
+    dim_symbols,
     index_limits,
     random_feeds,
     size_settings,
@@ -55,7 +57,7 @@ _MOST_SERIALIZED = 2**31 - 2**26
 OTHER_SIZES = ((32, 64), (512, 1024), (8, 16), (1, 2))
 """Sizes of dynamic axes that are not the batch: the first pair that a model accepts is used."""
 
-_MOST_ENTRIES = 1 << 20
+_MOST_ENTRIES = 1 << 19
 """Entries of a made-up input; what lies between the layers of a convolutional model can be a hundred times that."""
 
 
@@ -137,8 +139,11 @@ def working_size(proto: onnx.ModelProto, session: Session, rng: np.random.Genera
     sizes = [max(other) for other in OTHER_SIZES]
     for size in sizes:
         dims = size_settings(specs, batch=(1,), other=(size,))[0]
+        feeds = random_feeds(specs, rng=rng, dims=dims, limits=limits)
+        if _resizable(session) and not session.survives([feeds]):
+            continue
         try:
-            session.run(random_feeds(specs, rng=rng, dims=dims, limits=limits))
+            session.run(feeds)
         except ModelError as error:
             logger.info("%s: does not accept size %d: %s", session.label, size, error)
             continue
@@ -168,6 +173,9 @@ def runnable(
     refusal = None
     for other in OTHER_SIZES:
         accepted = 0
+        if _resizable(session) and not session.survives(_shapes_once(cases(other))):
+            refusal = refusal or ModelError(f"onnxruntime itself crashes at sizes {other}")
+            continue
         for case in cases(other):
             try:
                 outputs = session.run(case.feeds)
@@ -183,3 +191,18 @@ def runnable(
         f"{session.label}: does not run on made-up inputs ({refusal}); give real ones with "
         "--inputs or --calibration"
     )
+
+
+def _shapes_once(cases: Iterator[Case]) -> list[Feeds]:
+    """Inputs of every combination of shapes, once each; of made-up cases alone."""
+    found = {
+        tuple(array.shape for array in case.feeds.values()): case.feeds
+        for case in cases
+        if not case.extras
+    }
+    return list(found.values())
+
+
+def _resizable(session: Session) -> bool:
+    """Whether the model has dynamic axes other than the batch: its operators may not have been made for every size."""
+    return len(dim_symbols(session.inputs)) > len(batch_dims(session.inputs))

@@ -15,6 +15,9 @@ import importlib
 import logging
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
@@ -26,7 +29,7 @@ from onnx_decompose.errors import DataError, ModelError, OptionError, ProviderEr
 from onnx_decompose.tensors import BFLOAT16, TensorSpec, tensor_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import ModuleType
 
     from numpy.typing import NDArray
@@ -53,6 +56,26 @@ _R = TypeVar("_R")
 
 _FATAL_ONLY = 4
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_TRIAL = f"""
+import pathlib, sys, numpy, onnxruntime
+model, trials, folder = sys.argv[1:]
+onnxruntime.set_default_logger_severity({_FATAL_ONLY})
+options = onnxruntime.SessionOptions()
+if folder:
+    options.add_session_config_entry("{_DATA_FOLDER}", folder)
+content = pathlib.Path(model).read_bytes() if folder else model
+session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+names = [value.name for value in session.get_inputs()]
+feeds = {{}}
+for path in sorted(pathlib.Path(trials).glob("*.npy")):
+    number, index, _ = path.name.split(".")
+    feeds.setdefault(number, {{}})[names[int(index)]] = numpy.load(path)
+for trial in feeds.values():
+    try:
+        session.run(None, trial)
+    except Exception:
+        pass
+"""
 
 
 class _NodeArg(Protocol):
@@ -167,7 +190,7 @@ class Session:
     provider: Provider
     label: str
     _session: Any = dataclasses.field(repr=False)
-    _reopen: Callable[[], Session] = dataclasses.field(repr=False)
+    _reopen: functools.partial[Session] = dataclasses.field(repr=False)
 
     def reopen(self) -> Session:
         """The same model loaded once more, into other memory."""
@@ -191,6 +214,38 @@ class Session:
             spec.name: _to_numpy(value, spec.dtype)
             for spec, value in zip(self.outputs, results, strict=True)
         }
+
+    def survives(self, trials: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
+        """Whether runs on made-up inputs, in a process of their own, do not end that process.
+
+        On sizes that its author never saw, a model can make native code divide by zero. That ends the process without
+        a word; all other errors are for :meth:`run` to raise.
+
+        Args:
+            trials: sets of inputs, of types that numpy's files can hold (others are taken to be harmless).
+        """
+        model, options = self._reopen.args[0], self._reopen.keywords
+        plain = all(array.dtype.kind in "biuf" for feeds in trials for array in feeds.values())
+        if options.get("weights") or not plain:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx" if isinstance(model, bytes) else Path(model)
+            if isinstance(model, bytes):
+                path.write_bytes(model)
+            for number, feeds in enumerate(trials):
+                for name, array in feeds.items():
+                    target = Path(folder) / f"{number}.{self._names.index(name)}.npy"
+                    np.save(target, array, allow_pickle=False)
+            data_folder = str(options.get("data_folder") or "")
+            command = [sys.executable, "-c", _TRIAL, str(path), folder, data_folder]
+            done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode < 0:
+            logger.info("%s: onnxruntime ended with signal %d", self.label, -done.returncode)
+        return done.returncode >= 0
+
+    @property
+    def _names(self) -> list[str]:
+        return [spec.name for spec in self.inputs]
 
     def bind(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
         """A call that runs once on inputs that already lie on the device, for timing.

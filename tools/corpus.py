@@ -177,7 +177,7 @@ def _main() -> int:
         ):
             continue
         for path in models_of(package, options.cache):
-            name = f"{package.name}/{path.name}"
+            name = f"{package.name}/{_label(path, options.cache / package.folder)}"
             if not fnmatch.fnmatchcase(name, options.only):
                 continue
             outcomes[name] = {
@@ -196,6 +196,12 @@ def _main() -> int:
     if options.markdown is not None:
         options.markdown.write_text(table, "utf-8")
     return int(any(failures(outcome) for outcome in outcomes.values()))
+
+
+def _label(path: Path, folder: Path) -> str:
+    """The file's name, with the folders that tell it from others of its name."""
+    same = [p for p in folder.rglob(path.name) if p.is_file()]
+    return path.name if len(same) == 1 else path.relative_to(folder).as_posix()
 
 
 def _versions() -> str:
