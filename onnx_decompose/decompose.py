@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnx_decompose.cost import CostModel
     from onnx_decompose.metadata import Annealing
     from onnx_decompose.model_io import Model
-    from onnx_decompose.plan import Emit
+    from onnx_decompose.plan import Emit, StateGraph
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
@@ -106,13 +106,12 @@ def attempt(
     selections = {
         site.name: criterion.select(evidence[site.name], rng=rng) for site in study.sites
     }
-    masks = {name: selection.mask for name, selection in selections.items()}
     plans: list[tuple[Region, RegionPlan]] = []
     for region in study.regions:
-        whole = plan_region(state_graph(study, region, masks), cost, emit)
+        whole = plan_region(_graph(study, region, selections), cost, emit)
         logger.debug("region %s: %s: %s", region.name, whole.decision, whole.reason)
         parts = [
-            (part, plan_region(state_graph(study, part, masks), cost, emit))
+            (part, plan_region(_graph(study, part, selections), cost, emit))
             for part in (study.parts(region) if whole.decision == "dense" else ())
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
@@ -132,14 +131,19 @@ def annealed_model(tried: Attempt) -> Model:
 
 def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
     """The model with every planned region written as branches, and what its metadata will say."""
-    masks = {
-        site.name: mask
+    position = {
+        site.name: (plan, number)
         for region, plan in tried.rewrites
-        for site, mask in zip(region.sites, plan.masks, strict=True)
+        for number, site in enumerate(region.sites)
     }
+
+    def annealed(site: Site) -> NDArray[Any]:
+        plan, number = position[site.name]
+        return anneal(tried.study.weight(site), plan.masks[number])
+
     rewriting = RewriteRegions(
         plans=[(region, plan.branches) for region, plan in tried.rewrites],
-        weight=lambda site: anneal(tried.study.weight(site), masks[site.name]),
+        weight=annealed,
         shapes=tried.study.shapes,
     )
     model = rewriting(tried.study.model).model
@@ -154,6 +158,12 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         for site, weight in tried.annealed()
     }
     return model, Decomposition(budget, sites)
+
+
+def _graph(study: Study, region: Region, selections: Mapping[str, Selection]) -> StateGraph:
+    """The state graph of a region with the selected masks."""
+    masks = {site.name: selections[site.name].mask for site in region.sites}
+    return state_graph(study, region, masks)
 
 
 def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from onnx_decompose.analysis.packed import packs
 from onnx_decompose.analysis.structure import (
     ISOLATED,
     Components,
@@ -69,7 +70,8 @@ class Branch:
     units: tuple[IntArray, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@packs("masks")
+@dataclasses.dataclass(frozen=True, eq=False)
 class RegionPlan:
     """What happens to one region.
 
@@ -77,7 +79,7 @@ class RegionPlan:
         decision: ``dense`` (left alone), ``shrink`` (one narrower branch) or ``split`` (several branches).
         reason: why, with figures, for the report.
         components: of the region's live state graph.
-        masks: per edge, the supported entries that lead to an exit, (K, N).
+        masks: per edge, the supported entries that lead to an exit, (K, N); kept as bits.
         branches: none where the decision is ``dense``.
         relative_cost: predicted cost over dense, geometric mean over batches.
     """
