@@ -159,9 +159,9 @@ def _fused_reason(node: onnx.NodeProto) -> str | None:
 def _product_reason(node: onnx.NodeProto, scope: _Scope) -> str | None:
     """Why a MatMul or Gemm in a subgraph is left alone."""
     if any(name in scope.known for name in node.input[:2]):
-        return f"it is inside the subgraph {scope.owner}; only the main graph is rewritten"
+        return "it is inside a subgraph; only the main graph is rewritten"
     if scope.states.intersection(node.input[1:2]):
-        return f"its weight is a state of the loop {scope.owner}, which an iteration may change"
+        return "its weight is a state of the loop, which an iteration may change"
     return None
 
 
