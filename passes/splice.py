@@ -30,6 +30,9 @@ _CONSTANT_PRODUCERS = {
 }
 
 
+_RELEASED = np.empty(0, np.uint8)
+
+
 class Fresh:
     """Names and initializers that a graph does not have yet."""
 
@@ -114,7 +117,7 @@ def with_nodes(
     Args:
         proto: the model to copy.
         nodes: all nodes of the new main graph, in order.
-        tensors: the initializers to add.
+        tensors: the initializers to add; their values are released one after another, never all held twice.
         changed: values that are no longer what value_info and quantization_annotation say of them.
     """
     nodes, unread = _without_unread(proto.graph, nodes)
@@ -128,7 +131,9 @@ def with_nodes(
     for index in reversed(range(len(graph.sparse_initializer))):
         if graph.sparse_initializer[index].values.name in unread - inputs:
             del graph.sparse_initializer[index]
-    graph.initializer.extend(OnnxExporter.export_tensor_proto(tensor) for tensor in tensors)
+    for tensor in tensors:
+        graph.initializer.append(OnnxExporter.export_tensor_proto(tensor))
+        tensor.values = _RELEASED
     made = inputs.union(*(node.output for node in nodes))
     stale = (unread - made).union(changed)
     _delete(graph.value_info, "name", stale)
