@@ -42,7 +42,6 @@ def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -
         cost: ranks them; the best ranked few are timed.
         emit: what was asked for; other than ``auto`` never leaves a region dense.
     """
-    masks = {name: selection.mask for name, selection in tried.selections.items()}
     plans: list[tuple[Region, RegionPlan]] = []
     for region, plan in tried.plans:
         # Where more than exact zeros would go, a region that was left dense is not in claim B.
@@ -50,7 +49,7 @@ def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -
             plans.append((region, plan))
             continue
         candidates = candidate_plans(
-            state_graph(tried.study, region, masks | _own_masks(region, plan)), cost, emit
+            state_graph(tried.study, region, _masks(tried, region, plan)), cost, emit
         )
         if plan.decision == "shared":  # which is planned from the weight, not from the masks
             candidates = (plan, *candidates)
@@ -58,10 +57,10 @@ def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -
     return absorbing(dataclasses.replace(tried, plans=tuple(plans)))
 
 
-def _own_masks(region: Region, plan: RegionPlan) -> dict[str, NDArray[np.bool_]]:
-    """The masks that a rewritten region was planned with: constant units may be folded out of them."""
+def _masks(tried: Attempt, region: Region, plan: RegionPlan) -> dict[str, NDArray[np.bool_]]:
+    """What a region is planned with; a rewritten one with its own masks, which constant units may be folded out of."""
     if plan.decision == "dense":
-        return {}
+        return {site.name: tried.selections[site.name].mask for site in region.sites}
     return {site.name: mask for site, mask in zip(region.sites, plan.masks, strict=True)}
 
 

@@ -7,12 +7,28 @@ import logging
 from typing import TYPE_CHECKING
 
 from onnx_decompose.errors import DataError, ModelError
-from onnx_decompose.feeds import index_limits, random_feeds, size_settings, special_feeds
-from onnx_decompose.sessions import open_session
+from onnx_decompose.external_data import (
+    ALIGNMENT,
+    external_tensors,
+    inline_bytes,
+    set_entry,
+    without_weights,
+)
+from onnx_decompose.feeds import (
+    batch_dims,
+    batch_sizes,
+    dim_symbols,
+    index_limits,
+    random_feeds,
+    size_settings,
+    special_feeds,
+)
+from onnx_decompose.model_io import read_tensor
+from onnx_decompose.sessions import SessionSettings, open_session
 from onnx_decompose.tensors import graph_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     import onnx
@@ -24,9 +40,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Case", "made_up_cases", "open_model", "runnable", "sample_cases"]
+__all__ = [
+    "OTHER_SIZES",
+    "Case",
+    "made_up_cases",
+    "open_model",
+    "runnable",
+    "sample_cases",
+    "working_size",
+]
 
 _SAMPLES_AT_A_TIME = 256
+_MOST_SERIALIZED = 2**31 - 2**26
+"""Bytes of weights; protobuf's own limit is 2 GB for all of a model."""
+
+OTHER_SIZES = ((32, 64), (512, 1024), (8, 16), (1, 2))
+"""Sizes of dynamic axes that are not the batch: the first pair that a model accepts is used."""
+
+_MOST_ENTRIES = 1 << 19
+"""Entries of a made-up input; what lies between the layers of a convolutional model can be a hundred times that."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +78,28 @@ class Case:
     typical: bool = True
 
 
-def open_model(model: Model, provider: Provider) -> Session:
-    """A session on a model whose external data, if any, lies beside its file."""
-    content = model.proto.SerializeToString()
-    return open_session(content, provider, label=model.label, data_folder=model.folder)
+def open_model(model: Model, provider: Provider, *, fast: bool = False) -> Session:
+    """A session on a model whose external data, if any, lies beside its file.
+
+    Unless it is to be ``fast``, as for timing, the weights of a model with external data stay in their file, mapped.
+
+    A model that is too large to be serialized (rewritten weights of one with external data) is handed over without
+    its weights, and these by reference.
+    """
+    proto, weights = model.proto, None
+    if inline_bytes(proto) > _MOST_SERIALIZED:
+        proto, emptied = without_weights(model.proto)
+        weights = {tensor.name: read_tensor(model, source) for tensor, source in emptied}
+        for number, (tensor, source) in enumerate(emptied):
+            set_entry(tensor, "given", number * ALIGNMENT, weights[source.name].nbytes)
+    return open_session(
+        proto.SerializeToString(),
+        provider,
+        SessionSettings(prepack=fast or next(external_tensors(proto), None) is None),
+        label=model.label,
+        data_folder=model.folder,
+        weights=weights,
+    )
 
 
 def made_up_cases(
@@ -58,17 +108,22 @@ def made_up_cases(
     seeds: int,
     rng: np.random.Generator,
     batch: tuple[int, ...] = (1, 5, 32),
+    other: tuple[int, ...] = OTHER_SIZES[0],
 ) -> Iterator[Case]:
     """Random inputs at every setting of the dynamic axes, then zeros, large and tiny ones.
+
+    Batches are smaller where a single sample is large.
 
     Args:
         proto: the model.
         seeds: random draws at each setting.
         rng: source of randomness.
         batch: sizes of the batch axis.
+        other: sizes of the other dynamic axes, from ``OTHER_SIZES``.
     """
     specs, limits = graph_inputs(proto), index_limits(proto)
-    settings = size_settings(specs, batch=batch)
+    fitting = batch_sizes(specs, batch, other=max(other), most_entries=_MOST_ENTRIES)
+    settings = size_settings(specs, batch=fitting, other=other)
     for dims in settings:
         sizes = ", ".join(f"{name} {size}" for name, size in dims.items()) or "fixed sizes"
         for draw in range(seeds):
@@ -78,30 +133,76 @@ def made_up_cases(
         yield Case(f"{label} inputs", feeds, typical=False)
 
 
+def working_size(proto: onnx.ModelProto, session: Session, rng: np.random.Generator) -> int:
+    """A size of the dynamic axes other than the batch that the model accepts; the usual one if it accepts none."""
+    specs, limits = graph_inputs(proto), index_limits(proto)
+    sizes = [max(other) for other in OTHER_SIZES]
+    for size in sizes:
+        dims = size_settings(specs, batch=(1,), other=(size,))[0]
+        feeds = random_feeds(specs, rng=rng, dims=dims, limits=limits)
+        if _resizable(session) and not session.survives([feeds]):
+            continue
+        try:
+            session.run(feeds)
+        except ModelError as error:
+            logger.info("%s: does not accept size %d: %s", session.label, size, error)
+            continue
+        return size
+    return sizes[0]
+
+
 def sample_cases(samples: Samples) -> Iterator[Case]:
     """The user's inputs, a batch at a time."""
     for number, (feeds, extras) in enumerate(samples.batches(_SAMPLES_AT_A_TIME)):
         yield Case(f"{samples.source}, batch {number + 1}", feeds, extras)
 
 
-def runnable(cases: Iterator[Case], session: Session) -> Iterator[tuple[Case, Feeds]]:
+def runnable(
+    cases: Callable[[tuple[int, ...]], Iterator[Case]], session: Session
+) -> Iterator[tuple[Case, Feeds]]:
     """The cases that the model accepts, with its outputs: not every size fits every model.
+
+    Args:
+        cases: makes them at given sizes of the dynamic axes that are not the batch; other sizes are tried where the
+            model accepts nothing at the first.
+        session: the model.
 
     Raises:
         DataError: it accepts none of them.
     """
-    accepted, refusal = 0, None
-    for case in cases:
-        try:
-            outputs = session.run(case.feeds)
-        except ModelError as error:
-            logger.info("%s: left out, the model does not accept it: %s", case.label, error)
-            refusal = error
+    refusal = None
+    for other in OTHER_SIZES:
+        accepted = 0
+        if _resizable(session) and not session.survives(_shapes_once(cases(other))):
+            refusal = refusal or ModelError(f"onnxruntime itself crashes at sizes {other}")
             continue
-        accepted += 1
-        yield case, outputs
-    if not accepted:
-        raise DataError(
-            f"{session.label}: does not run on made-up inputs ({refusal}); give real ones with "
-            "--inputs or --calibration"
-        )
+        for case in cases(other):
+            try:
+                outputs = session.run(case.feeds)
+            except ModelError as error:
+                logger.info("%s: left out, the model does not accept it: %s", case.label, error)
+                refusal = refusal or error
+                continue
+            accepted += 1
+            yield case, outputs
+        if accepted:
+            return
+    raise DataError(
+        f"{session.label}: does not run on made-up inputs ({refusal}); give real ones with "
+        "--inputs or --calibration"
+    )
+
+
+def _shapes_once(cases: Iterator[Case]) -> list[Feeds]:
+    """Inputs of every combination of shapes, once each; of made-up cases alone."""
+    found = {
+        tuple(array.shape for array in case.feeds.values()): case.feeds
+        for case in cases
+        if not case.extras
+    }
+    return list(found.values())
+
+
+def _resizable(session: Session) -> bool:
+    """Whether the model has dynamic axes other than the batch: its operators may not have been made for every size."""
+    return len(dim_symbols(session.inputs)) > len(batch_dims(session.inputs))

@@ -1,63 +1,63 @@
-"""Values of a graph that are the same in every run, whatever form the exporter gave them."""
+"""Values of a graph that are the same in every run, whatever form the exporter gave them.
+
+A stored tensor stays one through operators that only rename, reorder or reshape its entries, or cast floats. Values
+that other operators compute from constants are told apart from those that depend on an input, and are not read.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from onnx_decompose.constant_forms import Constant, passed_on
 from onnx_decompose.model_io import Model, read_tensor
+from onnx_decompose.tensors import FLOAT_TYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Array = NDArray[Any]
+
 __all__ = ["Constant", "Constants"]
 
 _SCALAR_FORMS = ("value_float", "value_int", "value_floats", "value_ints")
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Constant:
-    """A constant value and the stored tensor behind it.
-
-    Attributes:
-        source: what stores it: an initializer's name, or a Constant node's output.
-        tensor: the stored tensor; in a Constant node it may have any name or none.
-        transposed: the value is the stored matrix transposed.
-    """
-
-    source: str
-    tensor: onnx.TensorProto
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the value."""
-        dims = tuple(self.tensor.dims)
-        return dims[::-1] if self.transposed else dims
+_RANDOM = {
+    *("Bernoulli", "Dropout", "Multinomial"),
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+}
+_MOST_DENSE = 2**31
+"""Bytes that a sparse tensor may take when it is made dense."""
 
 
 class Constants:
     """The constants of a model's main graph by value name.
 
     An initializer that is also a graph input can be overridden at run time, so it is not a constant.
+
+    Attributes:
+        overridable: those initializers.
+        computed: values that operators compute from constants alone: the types of these operators, and of the stored
+            tensors behind them, for messages. They are not read.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.overridable = frozenset(
-            {value.name for value in model.proto.graph.input}
-            & {tensor.name for tensor in model.proto.graph.initializer}
-        )
-        self._found: dict[str, Constant] = {
-            tensor.name: Constant(tensor.name, tensor)
-            for tensor in model.proto.graph.initializer
-            if tensor.name not in self.overridable
-        }
-        for node in model.proto.graph.node:
+        graph = model.proto.graph
+        inputs = {value.name for value in graph.input}
+        stored = {tensor.name: tensor for tensor in graph.initializer}
+        sparse = {tensor.values.name: tensor for tensor in graph.sparse_initializer}
+        self.overridable = frozenset(inputs & (stored.keys() | sparse.keys()))
+        self.computed: dict[str, tuple[str, ...]] = {}
+        self._found: dict[str, Constant] = {}
+        for name in stored.keys() - self.overridable:
+            self._found[name] = Constant.stored(name, stored[name])
+        for name in sparse.keys() - self.overridable:
+            self._store_sparse(name, sparse[name])
+        for node in graph.node:
             self._follow(node)
 
     def __contains__(self, name: str) -> bool:
@@ -66,30 +66,79 @@ class Constants:
     def __getitem__(self, name: str) -> Constant:
         return self._found[name]
 
-    def array(self, name: str) -> NDArray[Any]:
+    @property
+    def names(self) -> frozenset[str]:
+        """Every value that no input can change, also those that are computed and not read."""
+        return frozenset(self._found.keys() | self.computed.keys())
+
+    def array(self, name: str) -> Array:
         """The values; a view or a memory map where the stored form allows it."""
         constant = self._found[name]
         values = read_tensor(self._model, constant.tensor)
-        return values.T if constant.transposed else values
+        for step in constant.steps:
+            values = step(values)
+        return values
 
     def _follow(self, node: onnx.NodeProto) -> None:
-        """Add the outputs of ``node`` if it only stores or renames a constant."""
-        if node.domain not in {"", "ai.onnx"} or not node.output:
+        """Add the outputs of ``node`` if it stores a constant, or makes one of constants."""
+        if not node.output:
             return
-        if node.op_type == "Constant":
-            tensor = _constant_tensor(node)
-            if tensor is not None:
-                self._found[node.output[0]] = Constant(node.output[0], tensor)
-        elif node.op_type in {"Identity", "Transpose"}:
-            source = self._found.get(next(iter(node.input), ""))
-            if source is None:
+        if node.domain in {"", "ai.onnx"}:
+            if node.op_type == "Constant":
+                self._store(node)
                 return
-            if node.op_type == "Identity":
-                self._found[node.output[0]] = source
-            elif len(source.shape) == 2 and _swaps(node):
-                self._found[node.output[0]] = dataclasses.replace(
-                    source, transposed=not source.transposed
-                )
+            source = self._found.get(next(iter(node.input), ""))
+            made = None if source is None else passed_on(node, source, self._integers)
+            if made is not None:
+                self._found[node.output[0]] = made
+                return
+        self._note_computed(node)
+
+    def _store(self, node: onnx.NodeProto) -> None:
+        name = node.output[0]
+        for attribute in node.attribute:
+            if attribute.name == "sparse_value":
+                self._store_sparse(name, attribute.sparse_tensor)
+        tensor = _constant_tensor(node)
+        if tensor is not None:
+            self._found[name] = Constant.stored(name, tensor)
+
+    def _store_sparse(self, name: str, sparse: onnx.SparseTensorProto) -> None:
+        """Take a sparse tensor as the dense one that it stands for, unless that is huge."""
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type)
+        if math.prod(sparse.dims) * dtype.itemsize > _MOST_DENSE:
+            self.computed[name] = ("sparse tensor of over 2 GB",)
+            return
+        dense = np.zeros(tuple(sparse.dims), dtype)
+        places = read_tensor(self._model, sparse.indices)
+        flat = (
+            places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), dense.shape)
+        )
+        dense.reshape(-1)[flat] = read_tensor(self._model, sparse.values)
+        self._found[name] = Constant.stored(name, numpy_helper.from_array(dense, name))
+
+    def _note_computed(self, node: onnx.NodeProto) -> None:
+        """Remember that ``node`` computes its outputs from constants alone, if it does."""
+        read = [name for name in node.input if name]
+        known = all(name in self._found or name in self.computed for name in read)
+        if not read or not known or node.op_type in _RANDOM or _has_subgraph(node):
+            return
+        behind: dict[str, None] = {}
+        for name in read:
+            if name in self._found:
+                kind = onnx.TensorProto.DataType.Name(self._found[name].data_type)
+                if self._found[name].data_type not in FLOAT_TYPES:
+                    behind[kind] = None
+            else:
+                behind.update(dict.fromkeys(self.computed[name]))
+        self.computed.update(dict.fromkeys(node.output, (*behind, node.op_type)))
+
+    def _integers(self, name: str) -> list[int] | None:
+        return None if name not in self else [int(n) for n in self.array(name).reshape(-1)]
+
+
+def _has_subgraph(node: onnx.NodeProto) -> bool:
+    return any(a.HasField("g") or a.graphs for a in node.attribute)
 
 
 def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
@@ -102,8 +151,3 @@ def _constant_tensor(node: onnx.NodeProto) -> onnx.TensorProto | None:
             dtype = np.float32 if "float" in attribute.name else np.int64
             return numpy_helper.from_array(np.asarray(values, dtype=dtype), node.output[0])
     return None
-
-
-def _swaps(node: onnx.NodeProto) -> bool:
-    """Whether a Transpose of a matrix exchanges its two axes, as it does by default."""
-    return all(list(a.ints) == [1, 0] for a in node.attribute if a.name == "perm")

@@ -20,7 +20,7 @@ from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph, study_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -99,31 +99,30 @@ class Attempt:
                 return False
         return True
 
-    def annealed(self) -> dict[str, NDArray[Any]]:
-        """Annealed weight, (K, N), of every site that is rewritten, by name."""
+    def annealed(self) -> Iterator[tuple[Site, NDArray[Any]]]:
+        """Every site that is rewritten and its annealed weight, (K, N), one after another."""
+        scaled = self.annealer()
+        for region, _ in self.rewrites:
+            for site in region.sites:
+                yield site, scaled(site)
+
+    def annealer(self, *, scaled: bool = True) -> Callable[[Site], NDArray[Any]]:
+        """Gives the annealed weight, (K, N), of a site that is rewritten; before any scale is absorbed, if asked."""
         places = self._biases()
-        return {
-            site.name: places[site.name].scaled(self._kept(site, mask, plan))
+        position = {
+            site.name: (region, plan, number)
             for region, plan in self.rewrites
-            for site, mask in zip(region.sites, _filled(region, plan), strict=True)
+            for number, site in enumerate(region.sites)
         }
 
-    def kinds(self) -> dict[str, Annealing]:
-        """What became of the weight of every site that is rewritten, by name."""
-        return {
-            site.name: _annealing(self.study.weight(site), self._kept(site, mask, plan))
-            for region, plan in self.rewrites
-            for site, mask in zip(region.sites, _filled(region, plan), strict=True)
-        }
+        def annealed(site: Site) -> NDArray[Any]:
+            region, plan, number = position[site.name]
+            kept = anneal(self.study.weight(site), _filled(region, plan, number))
+            if plan.decision == "shared":
+                kept = unify(kept, self.selections[site.name].shared)
+            return places[site.name].scaled(kept) if scaled else kept
 
-    def _kept(self, site: Site, mask: NDArray[np.bool_], plan: RegionPlan) -> NDArray[Any]:
-        """The annealed weight, (K, N), before any scale is absorbed."""
-        kept = anneal(self.study.weight(site), mask)
-        return (
-            unify(kept, self.selections[site.name].shared)
-            if plan.decision == "shared"
-            else kept
-        )
+        return annealed
 
     def biases(self) -> dict[Site, NDArray[Any]]:
         """Annealed bias, (N,), of every site that constant units were folded into, or that absorbed a shift.
@@ -209,8 +208,7 @@ def _plan(
     emit: Emit,
 ) -> RegionPlan:
     """The plan of one region; equal rows and columns of a single site compete with taking it apart."""
-    masks = {name: selection.mask for name, selection in selections.items()}
-    graph = state_graph(study, region, masks)
+    graph = state_graph(study, region, _masks(region, selections))
     plan = plan_region(graph, cost, emit)
     if len(region.sites) != 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
         return plan
@@ -222,19 +220,17 @@ def _plan(
 
 def annealed_model(tried: Attempt) -> Model:
     """The original graph with the unsupported entries of the rewritten sites removed, constants folded and absorbed."""
-    weights = tried.annealed()
     changed = {
-        site: weights[site.name]
-        for region, _ in tried.rewrites
-        for site in region.sites
-        if not np.array_equal(weights[site.name], tried.study.weight(site))
+        site: weight
+        for site, weight in tried.annealed()
+        if not np.array_equal(weight, tried.study.weight(site))
     }
     return ReplaceWeights(changed, tried.biases(), tried.absorbing)(tried.study.model).model
 
 
 def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
     """The model with every planned region written as branches, and what its metadata will say."""
-    weights, biases = tried.annealed(), tried.biases()
+    biases, kept, scaled = tried.biases(), tried.annealer(scaled=False), tried.annealer()
     # Biases are a matter of the dense graph: whatever writes the branches finds them in their places.
     folding = ReplaceWeights({}, biases, tried.absorbing)
     folded = folding(tried.study.model).model
@@ -249,7 +245,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
             )
             for region, plan in tried.rewrites
         ],
-        weight=lambda site: weights[site.name],
+        weight=scaled,
         shapes=dense.shapes,
         orders=numbering.orders,
     )
@@ -261,19 +257,29 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         )
         for site, values in biases.items()
     }
-    kinds = tried.kinds()
     sites = {
         site.name: SiteBlocks(
             site=site.name,
             shape=site.shape,
-            annealing=kinds.get(site.name, "exact"),
-            sha256=digest(weights.get(site.name, tried.study.weight(site))),
+            annealing=_annealing(tried.study.weight(site), kept(site)),
+            sha256=digest(scaled(site)),
             blocks=rewriting.record[site.name],
             bias=folded_biases.get(site.name),
             absorbed=tried.absorbed.get(site.name),
         )
+        for region, _ in tried.rewrites
+        for site in region.sites
+    }
+    sites |= {
+        site.name: SiteBlocks(
+            site=site.name,
+            shape=site.shape,
+            annealing="exact",
+            sha256=digest(tried.study.weight(site)),
+            blocks=rewriting.record[site.name],
+        )
         for site in tried.study.sites
-        if site.name in rewriting.record
+        if site.name in rewriting.record and site.name not in sites
     }
     return model, Decomposition(budget, sites, rewriting.reordered)
 
@@ -291,8 +297,7 @@ def _plan_whole(
         The plan, and what folded units add to sites by name.
     """
     plain = _plan(study, region, selections, cost, emit)
-    masks = {name: selection.mask for name, selection in selections.items()}
-    folding = fold_region(study, region, masks)
+    folding = fold_region(study, region, _masks(region, selections))
     if folding is None:
         return plain, {}
     plan = plan_region(state_graph(study, region, folding.masks), cost, emit)
@@ -302,16 +307,16 @@ def _plan_whole(
     return dataclasses.replace(plan, reason=reason), folding.added
 
 
-def _filled(region: Region, plan: RegionPlan) -> tuple[NDArray[np.bool_], ...]:
-    """The plan's masks with all entries that its dense blocks have room for."""
+def _filled(region: Region, plan: RegionPlan, number: int) -> NDArray[np.bool_]:
+    """The mask of one of the region's sites with all entries that its dense blocks have room for."""
+    mask = plan.masks[number]
     if plan.decision not in {"shrink", "split"}:
-        return plan.masks
-    masks: list[NDArray[np.bool_]] = []
-    for site, mask in zip(region.sites, plan.masks, strict=True):
-        source, target = region.axis_of[site.input], region.axis_of[site.output]
-        blocks = [(branch.units[source], branch.units[target]) for branch in plan.branches]
-        masks.append(fill(mask, blocks))
-    return tuple(masks)
+        return mask
+    site = region.sites[number]
+    source, target = region.axis_of[site.input], region.axis_of[site.output]
+    return fill(
+        mask, [(branch.units[source], branch.units[target]) for branch in plan.branches]
+    )
 
 
 def _absorbable(tried: Attempt) -> dict[str, int]:
@@ -332,6 +337,11 @@ def _absorbable(tried: Attempt) -> dict[str, int]:
             places[site.name].stored(tried.added.get(site.name, 0.0), study.weight(site).dtype)
         ).all()
     }
+
+
+def _masks(region: Region, selections: Mapping[str, Selection]) -> dict[str, NDArray[np.bool_]]:
+    """The selected masks of a region's sites: of all sites, only the bits are held."""
+    return {site.name: selections[site.name].mask for site in region.sites}
 
 
 def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:

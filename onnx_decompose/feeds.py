@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Feeds",
     "batch_dims",
+    "batch_sizes",
     "dim_symbols",
     "index_limits",
     "random_feeds",
@@ -114,6 +116,31 @@ def batch_dims(specs: Sequence[TensorSpec]) -> tuple[str, ...]:
         unnamed = [symbol for symbol, axis in own if axis == 0 and symbol in first]
         found.update(dict.fromkeys(named[:1] or unnamed))
     return tuple(found)
+
+
+def batch_sizes(
+    specs: Sequence[TensorSpec], sizes: Sequence[int], *, other: int, most_entries: int
+) -> tuple[int, ...]:
+    """``sizes`` of the batch, cut so that no input holds more than ``most_entries``, but never under 2.
+
+    Args:
+        specs: the model's inputs.
+        sizes: asked for, ascending.
+        other: size of every other dynamic axis.
+        most_entries: of one input.
+    """
+    batches = batch_dims(specs)
+    largest = 1
+    for spec in specs:
+        symbols = [spec.axis_symbol(axis) for axis in range(len(spec.shape or ()))]
+        if any(symbol in batches for symbol in symbols):
+            one = math.prod(
+                dim if isinstance(dim, int) else (1 if symbol in batches else other)
+                for dim, symbol in zip(spec.shape or (), symbols, strict=True)
+            )
+            largest = max(largest, one)
+    most = max(2, most_entries // largest)
+    return tuple(dict.fromkeys(min(size, most) for size in sizes))
 
 
 def size_settings(

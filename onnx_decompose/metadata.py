@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+_ROWS_AT_A_TIME = 1024
 VERSION_KEY = "onnx_decompose.version"
 DECOMPOSITION_KEY = "onnx_decompose.decomposition"
 
@@ -187,8 +188,11 @@ class Decomposition:
 
 def digest(weight: NDArray[Any]) -> str:
     """SHA-256 of a weight's bytes in C order; -0.0 counts as 0.0, which it equals."""
-    canonical = np.ascontiguousarray(weight) + np.zeros((), weight.dtype)
-    return hashlib.sha256(canonical.tobytes()).hexdigest()
+    found = hashlib.sha256()
+    for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
+        rows = np.ascontiguousarray(weight[start : start + _ROWS_AT_A_TIME])
+        found.update((rows + np.zeros((), weight.dtype)).tobytes())
+    return found.hexdigest()
 
 
 def units_text(units: IntArray) -> str:

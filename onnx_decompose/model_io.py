@@ -23,9 +23,15 @@ from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from onnx_decompose.errors import ModelError, OutputError
+from onnx_decompose.external_data import (
+    DataWriter,
+    extent,
+    external_tensors,
+    without_weights,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -35,6 +41,7 @@ __all__ = [
     "Model",
     "check_output",
     "copy_model",
+    "external_bytes",
     "external_files",
     "load_model",
     "model_files",
@@ -79,7 +86,7 @@ def load_model(source: str | Path | onnx.ModelProto) -> Model:
         path = Path(source)
         model = Model(_parse(path), path)
     _check_graph(model)
-    for tensor in _external_tensors(model.proto):
+    for tensor in external_tensors(model.proto):
         _external_path(model, tensor)
     return model
 
@@ -98,6 +105,17 @@ def read_tensor(model: Model, tensor: onnx.TensorProto) -> NDArray[Any]:
         raise ModelError(
             f"{model.label}: tensor '{tensor.name}' is broken ({_one_line(error)}); export the model again"
         ) from error
+
+
+def external_bytes(model: Model, tensor: onnx.TensorProto) -> NDArray[np.uint8]:
+    """The stored bytes of an external tensor, memory-mapped."""
+    path = _external_path(model, tensor)
+    offset, length = extent(tensor)
+    length = path.stat().st_size - offset if length is None else length
+    if not length:
+        return np.empty(0, np.uint8)
+    mapped: NDArray[np.uint8] = np.memmap(str(path), np.uint8, "r", offset, (length,))
+    return mapped
 
 
 def check_output(path: Path, *, inputs: Iterable[Path] = ()) -> None:
@@ -127,20 +145,83 @@ def model_files(model: Model) -> set[Path]:
 def save_model(proto: onnx.ModelProto, path: Path, *, data_from: Model) -> None:
     """Write ``proto``, and the external data that it still refers to, beside it: whole or not at all.
 
+    Data files of which every tensor is still in use are copied under their names, and used in place where ``path`` is
+    in their folder. Of other files only the tensors in use go along, into ``<path>.data``; so do the new weights of a
+    model that keeps its weights outside.
+
     Args:
         proto: the model to write.
         path: where to.
         data_from: the model whose external files ``proto`` refers to.
     """
-    _copy_external(proto, path, data_from)
+    written = proto
+    if next(external_tensors(data_from.proto), None) is not None:
+        written, new = without_weights(
+            proto, {t.name for t in data_from.proto.graph.initializer}
+        )
+        locations = _locations(written)
+        taken = {
+            location
+            for location in locations
+            if _goes_whole(location, written, path, data_from)
+        }
+        _copy_external(taken, path, data_from)
+        moved = [
+            t for t in external_tensors(written) if ExternalDataInfo(t).location not in taken
+        ]
+        if new or moved:
+            _write_data(new, moved, path, data_from)
     with writing(path) as temporary:
-        temporary.write_bytes(proto.SerializeToString())
+        temporary.write_bytes(written.SerializeToString())
+
+
+def _goes_whole(location: str, proto: onnx.ModelProto, path: Path, data_from: Model) -> bool:
+    """Whether a data file is taken along as it is: used in place, or copied because all of it is still in use."""
+    assert data_from.folder is not None
+    source, target = data_from.folder / location, path.parent / location
+    if target.exists() and target.samefile(source):
+        return True
+    used, whole = (
+        sum(
+            external_bytes(data_from, tensor).nbytes
+            for tensor in external_tensors(model)
+            if ExternalDataInfo(tensor).location == location
+        )
+        for model in (proto, data_from.proto)
+    )
+    return used == whole and _is_free(target, source)
+
+
+def _is_free(target: Path, source: Path) -> bool:
+    """Whether ``source`` may be copied to ``target``: nothing else is there."""
+    return not target.exists() or target.samefile(source) or filecmp.cmp(target, source, False)
+
+
+def _write_data(
+    new: Sequence[tuple[onnx.TensorProto, onnx.TensorProto]],
+    moved: Sequence[onnx.TensorProto],
+    path: Path,
+    data_from: Model,
+) -> None:
+    """Stream tensors into a data file of the new model's own."""
+    target = path.with_name(f"{path.name}.data")
+    used = {file.resolve() for file in external_files(data_from)}
+    number = 1
+    while target.resolve() in used:
+        target = path.with_name(f"{path.name}.{number}.data")
+        number += 1
+    with writing(target) as temporary, temporary.open("wb") as stream:
+        data = DataWriter(stream, target.name)
+        for tensor in moved:
+            data.append(tensor, external_bytes(data_from, tensor).data)
+        for tensor, source in new:
+            data.append(tensor, memoryview(source.raw_data))
 
 
 def copy_model(model: Model, path: Path) -> None:
     """Write the bytes of the file that ``model`` came from, and its external data, to ``path``."""
     assert model.path is not None
-    _copy_external(model.proto, path, model)
+    _copy_external(_locations(model.proto), path, model)
     with writing(path) as temporary:
         shutil.copyfile(model.path, temporary)
 
@@ -173,7 +254,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 def external_files(model: Model) -> set[Path]:
     """The external data files that ``model`` refers to."""
-    return {_external_path(model, tensor) for tensor in _external_tensors(model.proto)}
+    return {_external_path(model, tensor) for tensor in external_tensors(model.proto)}
 
 
 def _umask() -> int:
@@ -266,24 +347,6 @@ def _check_size(model: Model, tensor: onnx.TensorProto) -> None:
         )
 
 
-def _external_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of the model that is stored outside it, in any graph, attribute or function."""
-    pending: list[Any] = [proto.graph, *proto.functions]
-    while pending:
-        graph = pending.pop()
-        for tensor in getattr(graph, "initializer", ()):
-            if uses_external_data(tensor):
-                yield tensor
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    pending.append(attribute.g)
-                pending.extend(attribute.graphs)
-                for tensor in (attribute.t, *attribute.tensors):
-                    if uses_external_data(tensor):
-                        yield tensor
-
-
 def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
     """The data file of an external tensor: inside the model's folder, and long enough."""
     where = f"{model.label}: tensor '{tensor.name}'"
@@ -307,7 +370,7 @@ def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
         raise ModelError(
             f"{where} is stored in '{info.location}', which is missing; put it beside the model"
         )
-    offset, length = _extent(info)
+    offset, length = extent(tensor)
     end = offset + (length or 0)
     if offset < 0 or (length or 0) < 0 or path.stat().st_size < end:
         raise ModelError(
@@ -319,7 +382,7 @@ def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
 def _read_external(model: Model, tensor: onnx.TensorProto) -> NDArray[Any]:
     """Memory-map an external tensor: only the pages that are looked at are read."""
     path = _external_path(model, tensor)
-    offset, length = _extent(ExternalDataInfo(tensor))
+    offset, length = extent(tensor)
     dtype: np.dtype[Any] = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = tuple(tensor.dims)
     if length is not None and length != dtype.itemsize * math.prod(shape):
@@ -330,19 +393,17 @@ def _read_external(model: Model, tensor: onnx.TensorProto) -> NDArray[Any]:
     return mapped
 
 
-def _extent(info: Any) -> tuple[int, int | None]:
-    """Offset and length in bytes of an ``ExternalDataInfo``; without a length the data reaches to the file's end."""
-    return int(info.offset or 0), None if info.length is None else int(info.length)
+def _locations(proto: onnx.ModelProto) -> set[str]:
+    """The data files that ``proto`` refers to, relative to its folder."""
+    return {ExternalDataInfo(tensor).location for tensor in external_tensors(proto)}
 
 
-def _copy_external(proto: onnx.ModelProto, path: Path, data_from: Model) -> None:
-    """Copy the external files that ``proto`` refers to beside ``path``, each whole or not at all."""
-    for location in sorted(
-        {ExternalDataInfo(tensor).location for tensor in _external_tensors(proto)}
-    ):
+def _copy_external(locations: set[str], path: Path, data_from: Model) -> None:
+    """Copy external data files beside ``path``, each whole or not at all."""
+    for location in sorted(locations):
         assert data_from.folder is not None
         source, target = data_from.folder / location, path.parent / location
-        if target.exists() and (target.samefile(source) or filecmp.cmp(target, source, False)):
+        if target.exists() and _is_free(target, source):
             continue
         if target.exists():
             raise OutputError(

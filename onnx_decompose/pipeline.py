@@ -15,7 +15,7 @@ from onnx_decompose.analysis.criteria import Criterion, make_criterion
 from onnx_decompose.analysis.shared import Shared
 from onnx_decompose.autotune import autotuned
 from onnx_decompose.bench import Timing, bench_models, slowdown, timing_feeds
-from onnx_decompose.cases import open_model
+from onnx_decompose.cases import open_model, working_size
 from onnx_decompose.cost_cache import cost_model, prepare, store
 from onnx_decompose.decompose import Attempt, annealed_model, attempt, rewritten_model
 from onnx_decompose.errors import AnnealingError, OptionError, StructuralError
@@ -425,16 +425,18 @@ def _time(
     """Both models side by side, at every asked batch size."""
     logger.info("timing the rewritten model against the original")
     rng = np.random.default_rng(options.seed)
+    reference = open_model(original, provider, fast=True)
     feeds = timing_feeds(
         graph_inputs(original.proto),
         options.batch,
         rng=rng,
+        other=64 if inputs.samples else working_size(original.proto, reference, rng),
         limits=index_limits(original.proto),
         samples=inputs.samples,
     )
     return bench_models(
-        open_model(original, provider),
-        open_model(rewritten, provider),
+        reference,
+        open_model(rewritten, provider, fast=True),
         feeds_by_batch=feeds,
         provider=provider,
         rng=rng,

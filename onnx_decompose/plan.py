@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from onnx_decompose.analysis.covers import find_covers
+from onnx_decompose.analysis.packed import packs
 from onnx_decompose.analysis.structure import (
     ISOLATED,
     Components,
@@ -89,7 +90,8 @@ class Branch:
     units: tuple[IntArray, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@packs("masks")
+@dataclasses.dataclass(frozen=True, eq=False)
 class RegionPlan:
     """What happens to one region.
 
@@ -99,7 +101,7 @@ class RegionPlan:
             computed once).
         reason: why, with figures, for the report.
         components: of the region's live state graph.
-        masks: per edge, the supported entries that lead to an exit, (K, N).
+        masks: per edge, the supported entries that lead to an exit, (K, N); kept as bits.
         branches: none where the decision is ``dense``; the computed units where it is ``shared``.
         relative_cost: predicted cost over dense, geometric mean over batches.
         places: axis -> where each unit stands in the values of that axis outside, where they were renumbered.

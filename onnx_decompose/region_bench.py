@@ -72,9 +72,11 @@ class RegionBench:
     def _time(self, region: Region, plans: Sequence[RegionPlan]) -> tuple[Timing, ...]:
         small, inner = self._models.extract(region)
         timings = bench_candidates(
-            open_model(small, self._provider),
+            open_model(small, self._provider, fast=True),
             {
-                str(number): open_model(self._written(small, inner, plan), self._provider)
+                str(number): open_model(
+                    self._written(small, inner, plan), self._provider, fast=True
+                )
                 for number, plan in enumerate(plans)
             },
             feeds_by_batch=timing_feeds(

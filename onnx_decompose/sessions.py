@@ -16,6 +16,9 @@ import itertools
 import logging
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
@@ -27,7 +30,7 @@ from onnx_decompose.errors import DataError, ModelError, OptionError, ProviderEr
 from onnx_decompose.tensors import BFLOAT16, TensorSpec, tensor_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import ModuleType
 
     from numpy.typing import NDArray
@@ -55,6 +58,26 @@ _R = TypeVar("_R")
 _FATAL_ONLY = 4
 _GRAPH_ID = "gpu_graph_id"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_TRIAL = f"""
+import pathlib, sys, numpy, onnxruntime
+model, trials, folder = sys.argv[1:]
+onnxruntime.set_default_logger_severity({_FATAL_ONLY})
+options = onnxruntime.SessionOptions()
+if folder:
+    options.add_session_config_entry("{_DATA_FOLDER}", folder)
+content = pathlib.Path(model).read_bytes() if folder else model
+session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+names = [value.name for value in session.get_inputs()]
+feeds = {{}}
+for path in sorted(pathlib.Path(trials).glob("*.npy")):
+    number, index, _ = path.name.split(".")
+    feeds.setdefault(number, {{}})[names[int(index)]] = numpy.load(path)
+for trial in feeds.values():
+    try:
+        session.run(None, trial)
+    except Exception:
+        pass
+"""
 
 
 class _NodeArg(Protocol):
@@ -69,6 +92,7 @@ class _SessionOptions(Protocol):
     intra_op_num_threads: int
 
     def add_session_config_entry(self, key: str, value: str) -> None: ...
+    def add_external_initializers(self, names: list[str], values: list[_OrtValue]) -> None: ...
 
 
 class _OrtValue(Protocol):
@@ -112,12 +136,15 @@ class SessionSettings:
         threads: threads within one operator; onnxruntime's choice by default.
         cuda_graph: on CUDA, capture the kernels of a bound run and launch them as one graph from then on; needs
             a model without control flow, and :meth:`Session.bind`.
+        prepack: let onnxruntime keep weights in a layout of its own: faster, but a copy in memory, where the weights of
+            a model with external data are otherwise mapped from their file.
     """
 
     tf32: bool = False
     optimize: bool = True
     threads: int | None = None
     cuda_graph: bool = False
+    prepack: bool = True
 
 
 def resolve_provider(name: ProviderName, *, model: ModelSource | None = None) -> Provider:
@@ -168,7 +195,7 @@ class Session:
     provider: Provider
     label: str
     _session: Any = dataclasses.field(repr=False)
-    _reopen: Callable[[], Session] = dataclasses.field(repr=False)
+    _reopen: functools.partial[Session] = dataclasses.field(repr=False)
     _graphs: Iterator[int] | None = dataclasses.field(default=None, repr=False)
 
     def reopen(self) -> Session:
@@ -193,6 +220,38 @@ class Session:
             spec.name: _to_numpy(value, spec.dtype)
             for spec, value in zip(self.outputs, results, strict=True)
         }
+
+    def survives(self, trials: Sequence[Mapping[str, NDArray[Any]]]) -> bool:
+        """Whether runs on made-up inputs, in a process of their own, do not end that process.
+
+        On sizes that its author never saw, a model can make native code divide by zero. That ends the process without
+        a word; all other errors are for :meth:`run` to raise.
+
+        Args:
+            trials: sets of inputs, of types that numpy's files can hold (others are taken to be harmless).
+        """
+        model, options = self._reopen.args[0], self._reopen.keywords
+        plain = all(array.dtype.kind in "biuf" for feeds in trials for array in feeds.values())
+        if options.get("weights") or not plain:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx" if isinstance(model, bytes) else Path(model)
+            if isinstance(model, bytes):
+                path.write_bytes(model)
+            for number, feeds in enumerate(trials):
+                for name, array in feeds.items():
+                    target = Path(folder) / f"{number}.{self._names.index(name)}.npy"
+                    np.save(target, array, allow_pickle=False)
+            data_folder = str(options.get("data_folder") or "")
+            command = [sys.executable, "-c", _TRIAL, str(path), folder, data_folder]
+            done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode < 0:
+            logger.info("%s: onnxruntime ended with signal %d", self.label, -done.returncode)
+        return done.returncode >= 0
+
+    @property
+    def _names(self) -> list[str]:
+        return [spec.name for spec in self.inputs]
 
     def bind(self, feeds: Mapping[str, NDArray[Any]]) -> Callable[[], None]:
         """A call that runs once on inputs that already lie on the device, for timing.
@@ -257,6 +316,7 @@ def open_session(
     *,
     label: str | None = None,
     data_folder: Path | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> Session:
     """Load a model for running.
 
@@ -268,6 +328,7 @@ def open_session(
         settings: how to run it.
         label: what messages call the model; its path by default.
         data_folder: where the external data of a model given as bytes lies.
+        weights: initializers that the model declares as external data and that are given here instead, not copied.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -281,6 +342,9 @@ def open_session(
     options = _session_options(onnxruntime, provider, settings)
     if data_folder is not None and isinstance(model, bytes):
         options.add_session_config_entry(_DATA_FOLDER, str(data_folder))
+    if weights:
+        values = [_ort_value(array) for array in weights.values()]
+        options.add_external_initializers(list(weights), values)
     cuda = _cuda_options(settings) if provider is Provider.CUDA else {}
     source = model if isinstance(model, bytes) else os.fspath(model)
     try:
@@ -304,7 +368,13 @@ def open_session(
         label=label,
         _session=session,
         _reopen=functools.partial(
-            open_session, model, provider, settings, label=label, data_folder=data_folder
+            open_session,
+            model,
+            provider,
+            settings,
+            label=label,
+            data_folder=data_folder,
+            weights=weights,
         ),
         _graphs=itertools.count(1) if "enable_cuda_graph" in cuda else None,
     )
@@ -339,6 +409,8 @@ def _session_options(
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if settings.optimize else levels.ORT_DISABLE_ALL
     )
+    if not settings.prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if settings.threads is not None:
         options.intra_op_num_threads = settings.threads
     if provider is Provider.CUDA:

@@ -58,8 +58,15 @@ def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
     graph.input.extend(proto.graph.input)
     graph.output.extend(proto.graph.output)
     graph.value_info.extend(proto.graph.value_info)
-    graph.sparse_initializer.extend(proto.graph.sparse_initializer)
     inputs = {value.name for value in proto.graph.input}
+    # Inference knows no sparse initializers; to every reader they are dense tensors.
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(
+            sparse.values.name, sparse.values.data_type, list(sparse.dims)
+        )
+        for sparse in proto.graph.sparse_initializer
+        if sparse.values.name not in inputs
+    )
     for tensor in proto.graph.initializer:
         if tensor.ByteSize() <= _SMALL:
             graph.initializer.append(tensor)

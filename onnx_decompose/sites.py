@@ -11,12 +11,14 @@ import numpy as np
 import onnx
 
 from onnx_decompose.errors import ModelError
+from onnx_decompose.tensors import FLOAT_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.constant_forms import Constant
     from onnx_decompose.constants import Constants
     from onnx_decompose.model_io import Model
 
@@ -26,16 +28,11 @@ __all__ = [
     "attribute_values",
     "check_finite",
     "find_sites",
+    "is_standard",
     "node_names",
     "site_weight",
 ]
 
-_FLOATS = {
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-    onnx.TensorProto.DOUBLE,
-}
 _ROWS_AT_A_TIME = 4096
 
 
@@ -88,15 +85,22 @@ def find_sites(
     refusals: list[Refusal] = []
     names = node_names(model.proto.graph)
     for index, node in enumerate(model.proto.graph.node):
-        if node.domain not in {"", "ai.onnx"} or node.op_type not in {"MatMul", "Gemm"}:
+        if not is_standard(node) or node.op_type not in {"MatMul", "Gemm"}:
             continue
         if len(node.input) < 2:
             raise ModelError(
                 f"{model.label}: node '{names[index]}' ({node.op_type}) has {len(node.input)} inputs, "
                 "not 2; export the model again"
             )
-        known = any(name in constants for name in node.input[:2])
-        if not known and node.input[1] not in constants.overridable:
+        first, second = node.input[:2]
+        if (
+            not any(
+                name in known
+                for name in (first, second)
+                for known in (constants, constants.computed)
+            )
+            and second not in constants.overridable
+        ):
             continue
         reason = next(_objections(node, constants), None)
         if reason is None:
@@ -133,6 +137,11 @@ def check_finite(model: Model, sites: Iterable[Site], constants: Constants) -> N
                 )
 
 
+def is_standard(node: onnx.NodeProto) -> bool:
+    """Whether ``node`` is an operator of the ONNX standard's own domain."""
+    return node.domain in {"", "ai.onnx"}
+
+
 def attribute_values(node: onnx.NodeProto) -> Mapping[str, Any]:
     """The attributes of ``node`` as Python values."""
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -155,24 +164,30 @@ def _objections(node: onnx.NodeProto, constants: Constants) -> Iterator[str]:
     first, second = node.input[:2]
     if second in constants.overridable:
         yield "the weight is also a graph input, so it can be overridden at run time"
+    if second in constants.computed:
+        behind = ", ".join(constants.computed[second])
+        yield f"the weight is not stored as floats but computed from constants ({behind})"
     if second not in constants:
         yield "the constant is on the left side"
         return
-    constant = constants[second]
-    if constant.tensor.data_type not in _FLOATS:
-        held = onnx.TensorProto.DataType.Name(constant.tensor.data_type)
-        yield f"the weight is {held}, not a float of 16 bits or more"
-    if len(constant.shape) != 2:
-        yield f"the weight has {len(constant.shape)} axes, not 2"
-    if 0 in constant.shape:
-        yield "the weight is empty"
-    if first in constants:
+    yield from _weight_objections(constants[second])
+    if first in constants or first in constants.computed:
         yield "both sides are constant"
     if node.op_type == "Gemm":
         if attribute_values(node).get("transA", 0):
             yield "transA is set: the units are on the batch axis"
         if any(name and name not in constants for name in node.input[2:]):
             yield "the bias is not a constant"
+
+
+def _weight_objections(weight: Constant) -> Iterator[str]:
+    if weight.data_type not in FLOAT_TYPES:
+        held = onnx.TensorProto.DataType.Name(weight.data_type)
+        yield f"the weight is {held}, not a float of 16 bits or more"
+    if len(weight.shape) != 2:
+        yield f"the weight has {len(weight.shape)} axes, not 2"
+    if 0 in weight.shape:
+        yield "the weight is empty"
 
 
 def _site(index: int, node: onnx.NodeProto, name: str, constants: Constants) -> Site:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.constants import Constants
 from onnx_decompose.plan import StateGraph
+from onnx_decompose.refusals import find_refusals
 from onnx_decompose.regions import Region, find_regions, single_site_regions
 from onnx_decompose.shapes import Dim, infer_shapes, opset_of
 from onnx_decompose.sites import Refusal, Site, check_finite, find_sites, site_weight
@@ -71,7 +72,7 @@ def study_model(model: Model) -> Study:
     sites, refused = find_sites(model, constants)
     check_finite(model, sites, constants)
     regions: list[Region] = []
-    refusals = list(refused)
+    refusals = [*refused, *find_refusals(model, constants)]
     for region in find_regions(model.proto.graph, sites, constants, shapes):
         reason = _refuse(model, region, shapes)
         if reason is None:

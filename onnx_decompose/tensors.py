@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BFLOAT16",
+    "FLOAT_TYPES",
     "TensorSpec",
     "graph_inputs",
     "graph_outputs",
@@ -25,6 +26,16 @@ __all__ = [
 ]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+FLOAT_TYPES = frozenset(
+    {
+        onnx.TensorProto.FLOAT,
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.BFLOAT16,
+        onnx.TensorProto.DOUBLE,
+    }
+)
+"""ONNX element types of float weights: 16 bits or more."""
 
 # Names as in the ONNX standard's DataType, in lower case.
 _DTYPES: dict[str, np.dtype[Any]] = {

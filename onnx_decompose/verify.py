@@ -10,13 +10,20 @@ Claim B, annealing error: how far the rewritten model is from the original, on s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnx_decompose.biases import find_biases
-from onnx_decompose.cases import made_up_cases, open_model, runnable, sample_cases
+from onnx_decompose.cases import (
+    OTHER_SIZES,
+    made_up_cases,
+    open_model,
+    runnable,
+    sample_cases,
+)
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import ModelError, OptionError
 from onnx_decompose.metadata import Decomposition, digest, read_decomposition
@@ -187,11 +194,15 @@ class Inputs:
             return f"random inputs (seed {self.seed}), not real ones"
         return f"{self.samples.source} ({self.samples.count} samples)"
 
-    def cases(self, model: Model) -> Iterator[Case]:
-        """Made-up cases, then the user's; claim B is measured on the user's alone where there are any."""
-        made_up = made_up_cases(
-            model.proto, seeds=self.seeds, rng=np.random.default_rng(self.seed)
-        )
+    def cases(self, model: Model, other: tuple[int, ...] = OTHER_SIZES[0]) -> Iterator[Case]:
+        """Made-up cases, then the user's; claim B is measured on the user's alone where there are any.
+
+        Args:
+            model: the model.
+            other: sizes of the dynamic axes that are not the batch, in the made-up cases.
+        """
+        rng = np.random.default_rng(self.seed)
+        made_up = made_up_cases(model.proto, seeds=self.seeds, rng=rng, other=other)
         for case in made_up:
             yield dataclasses.replace(case, typical=case.typical and self.samples is None)
         if self.samples is not None:
@@ -258,18 +269,19 @@ def structural_claim(
         )
     fault, weights, biases = prove_structure(original, rewritten, decomposition)
     if fault is not None:
-        return StructuralClaim(False, fault, len(weights), 0, float("nan"))
+        return StructuralClaim(False, fault, 0, 0, float("nan"))
     counts = _absorbed(decomposition)
     absorbed = {site: counts[site.name] for site in weights if site.name in counts}
     annealed = ReplaceWeights(weights, biases, absorbed)(original).model
     measured = _measure_structural(
         annealed, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
     )
-    what = f"{len(weights)} weights"
+    count = len(decomposition.sites)
+    what = f"{count} weights"
     if biases:
         what += f" and {len(biases)} bias{'es' if len(biases) > 1 else ''}"
-    proved = f"{what} rebuilt bit for bit; " if weights else ""
-    return dataclasses.replace(measured, reason=proved + measured.reason, sites=len(weights))
+    proved = f"{what} rebuilt bit for bit; " if count else ""
+    return dataclasses.replace(measured, reason=proved + measured.reason, sites=count)
 
 
 def prove_structure(
@@ -278,8 +290,8 @@ def prove_structure(
     """Rebuild every rewritten weight and folded bias from its blocks and compare bit for bit, before anything runs.
 
     Returns:
-        What is wrong first, or None; and by site of the original the annealed weights, (K, N) each, and the biases
-        that are not the original's, (N,) each.
+        What is wrong first, or None; and by site of the original the annealed weights, (K, N) each, and the biases,
+        (N,) each, that are not the original's.
     """
     constants = Constants(original)
     sites = {site.name: site for site in find_sites(original, constants)[0]}
@@ -298,12 +310,14 @@ def prove_structure(
                 f"{list(blocks.shape)}; give the model that was rewritten"
             )
         bias = places[name]
-        before = bias.scaled(site_weight(site, constants))
+        weight = site_weight(site, constants)
+        before = bias.scaled(weight)
         reason, rebuilt = _rebuild(rewritten, stored, blocks.blocks, np.zeros_like(before))
         if rebuilt is None:
             return f"site '{name}': {reason}", weights, biases
         fault = fault or reason or _compare_weights(blocks, before, rebuilt)
-        weights[site] = rebuilt
+        if blocks.absorbed is not None or not np.array_equal(rebuilt, weight):
+            weights[site] = rebuilt
         if blocks.bias is None:
             continue
         held = bias.stored(0.0, before.dtype)
@@ -331,7 +345,7 @@ def measure_annealing(
     candidate = open_model(rewritten, provider)
     deviations = {spec.name: DeviationAccumulator() for spec in reference.outputs}
     scores: list[tuple[Feeds, Feeds, Feeds]] = []
-    for case, expected in runnable(inputs.cases(original), reference):
+    for case, expected in runnable(functools.partial(inputs.cases, original), reference):
         if not case.typical:
             continue
         got = candidate.run(case.feeds)
@@ -368,7 +382,7 @@ def _measure_structural(
     reference = open_model(annealed, provider)
     candidate = open_model(rewritten, provider)
     worst, cases, failure = 0.0, 0, None
-    for case, expected in runnable(inputs.cases(annealed), reference):
+    for case, expected in runnable(functools.partial(inputs.cases, annealed), reference):
         cases += 1
         got = candidate.run(case.feeds)
         for name, value in expected.items():

@@ -25,7 +25,12 @@ __all__ = ["ORIGIN_KEY", "Fresh", "Placed", "constant_nodes", "splice", "with_no
 ORIGIN_KEY = "onnx_decompose.from"
 """Node metadata: the name of the node that a rewritten node stands for."""
 
-_CONSTANT_PRODUCERS = {"Constant", "Identity", "Transpose"}
+_CONSTANT_PRODUCERS = {
+    *("Cast", "Constant", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+}
+
+
+_RELEASED = np.empty(0, np.uint8)
 
 
 class Fresh:
@@ -121,7 +126,7 @@ def with_nodes(
     Args:
         proto: the model to copy.
         nodes: all nodes of the new main graph, in order.
-        tensors: the initializers to add.
+        tensors: the initializers to add; their values are released one after another, never all held twice.
         changed: values that are no longer what value_info and quantization_annotation say of them.
     """
     nodes, unread = _without_unread(proto.graph, nodes)
@@ -132,7 +137,12 @@ def with_nodes(
     graph.node.extend(nodes)
     inputs = {value.name for value in graph.input}
     _delete(graph.initializer, "name", unread - inputs)
-    graph.initializer.extend(OnnxExporter.export_tensor_proto(tensor) for tensor in tensors)
+    for index in reversed(range(len(graph.sparse_initializer))):
+        if graph.sparse_initializer[index].values.name in unread - inputs:
+            del graph.sparse_initializer[index]
+    for tensor in tensors:
+        graph.initializer.append(OnnxExporter.export_tensor_proto(tensor))
+        tensor.values = _RELEASED
     made = inputs.union(*(node.output for node in nodes))
     stale = (unread - made).union(changed)
     _delete(graph.value_info, "name", stale)

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnx_decompose.analysis import scan
 from onnx_decompose.analysis.null import Zero
+from onnx_decompose.analysis.packed import packs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,12 +49,13 @@ class SharedLines:
     deviation: float
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@packs("mask")
+@dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
     """What a criterion decided for one weight.
 
     Attributes:
-        mask: (K, N) True where the entry is supported.
+        mask: (K, N) True where the entry is supported; kept as bits.
         criterion: name and level, such as ``fdr(0.01)``.
         threshold: deviation from the null's location from which on an entry is supported; None
             where no single number says it.

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_decompose.external_data import set_entry
 from tests.e2e.planted import (
     Planted,
     Recipe,
@@ -19,6 +20,7 @@ from tests.e2e.planted import (
     run,
     save,
 )
+from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -329,6 +331,95 @@ class TestExternalData:
         result = command("rewrite", source, "-o", folders[1] / "r.onnx", *SPLIT)
         assert result.code in {0, 2}
         np.testing.assert_array_equal(run(stranger, x), before)
+
+    def test_new_weights_of_a_model_with_external_data_are_external_too(
+        self, command: Command, eight: Planted, folders: tuple[Path, Path]
+    ) -> None:
+        """Only what is in use goes along, in one aligned file beside the model."""
+        model = self.with_dense_part(eight)
+        weight = np.random.default_rng(8).normal(size=(40, 40)).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(weight, "more.weight"))
+        source = save(model, folders[0] / "m.onnx", external=True)
+        output = folders[1] / "r.onnx"
+        assert command("rewrite", source, "-o", output, *SPLIT).code == 0
+        assert {path.name for path in folders[1].iterdir()} == {"r.onnx", "r.onnx.data"}
+        stored = onnx.load(output, load_external_data=False)
+        entries = {
+            t.name: {e.key: e.value for e in t.external_data}
+            for t in stored.graph.initializer
+            if t.external_data
+        }
+        assert {"dense.weight", "more.weight"} <= entries.keys()
+        assert {entry["location"] for entry in entries.values()} == {"r.onnx.data"}
+        assert all(int(entry["offset"]) % 4096 == 0 for entry in entries.values())
+        np.testing.assert_array_equal(array_of(onnx.load(output), "more.weight"), weight)
+        assert untouched_faults(source, output) == []
+        assert command("validate", source, output, "--samples", "1").code == 0
+
+    def test_several_files_with_offsets(
+        self, command: Command, eight: Planted, folders: tuple[Path, Path]
+    ) -> None:
+        """A file of which everything is still in use is copied as it is; of the other one, what is in use."""
+        model = self.with_dense_part(eight)
+        content = {"a.bin": b"", "sub/b.bin": b""}
+        for tensor in model.graph.initializer:
+            name = "sub/b.bin" if tensor.name == "dense.weight" else "a.bin"
+            content[name] += bytes(-len(content[name]) % 64 + 64)
+            data, offset = tensor.raw_data, len(content[name])
+            content[name] += data
+            set_entry(tensor, name, offset, len(data))
+        source = folders[0] / "m.onnx"
+        source.write_bytes(model.SerializeToString())
+        for name, data in content.items():
+            (folders[0] / name).parent.mkdir(exist_ok=True)
+            (folders[0] / name).write_bytes(data)
+        output = folders[1] / "r.onnx"
+        result = command("rewrite", source, "-o", output, *SPLIT)
+        assert result.last_line.startswith("rewritten"), result
+        assert (folders[1] / "sub/b.bin").read_bytes() == content["sub/b.bin"]
+        assert not (folders[1] / "a.bin").exists()
+        before = next(t for t in model.graph.initializer if t.name == "dense.weight")
+        stored = onnx.load(output, load_external_data=False)
+        after = next(t for t in stored.graph.initializer if t.name == "dense.weight")
+        assert after == before
+        x = np.ones((2, 48), np.float32)
+        np.testing.assert_allclose(run(output, x), run(source, x), rtol=1e-5, atol=1e-5)
+        assert untouched_faults(source, output) == []
+
+    def test_beside_the_original_no_file_of_its_is_taken(
+        self, command: Command, folders: tuple[Path, Path]
+    ) -> None:
+        """Also where the original's data has the name that the new data would get."""
+        planted = plant(Recipe(blocks=((24, 48, 24),) * 4), np.random.default_rng(0))
+        model = planted.model
+        onnx.save_model(
+            model,
+            folders[0] / "m.onnx",
+            save_as_external_data=True,
+            location="r.onnx.data",
+            size_threshold=0,
+        )
+        source, output = folders[0] / "m.onnx", folders[0] / "r.onnx"
+        data = (folders[0] / "r.onnx.data").read_bytes()
+        assert command("rewrite", source, "-o", output, *SPLIT).code == 0
+        assert (folders[0] / "r.onnx.data").read_bytes() == data
+        assert (folders[0] / "r.onnx.1.data").is_file()
+        x = np.ones((2, 96), np.float32)
+        np.testing.assert_allclose(run(output, x), run(source, x), rtol=1e-5, atol=1e-5)
+
+    def test_weights_too_large_to_serialize_are_handed_over_by_reference(
+        self,
+        command: Command,
+        folders: tuple[Path, Path],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("onnx_decompose.cases._MOST_SERIALIZED", 0)
+        planted = plant(Recipe(blocks=((24, 48, 24),) * 4), np.random.default_rng(0))
+        source = save(planted.model, folders[0] / "m.onnx", external=True)
+        output = folders[1] / "r.onnx"
+        result = command("rewrite", source, "-o", output, *SPLIT)
+        assert result.last_line.startswith("rewritten"), result
+        assert command("validate", source, output, "--samples", "1").code == 0
 
     def test_annealed_model_too(self, command: Command, folders: tuple[Path, Path]) -> None:
         recipe = Recipe(blocks=((8, 16, 8),) * 4, noise=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ class Clock:
                 clock.opened.append(name)
                 return self
 
-        return FakeSession((), (), Provider.CPU, name, None, reopen_nothing)
+        return FakeSession((), (), Provider.CPU, name, None, functools.partial(reopen_nothing))
 
 
 @pytest.fixture

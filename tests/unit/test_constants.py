@@ -37,12 +37,13 @@ def test_what_is_no_constant() -> None:
     constants = constants_of(
         """<float[1, 2, 3] w = {0, 1, 2, 3, 4, 5}> {
             s = Constant <value_string = "text"> ()
-            t = Transpose(w)
+            t = Neg(w)
             u = Identity(x)
             y = Abs(u)
         }"""
     )
     assert [name for name in ("w", "s", "t", "u", "y") if name in constants] == ["w"]
+    assert constants.computed == {"t": ("Neg",)}
 
 
 def test_an_initializer_that_is_also_an_input_can_be_overridden() -> None:

@@ -134,8 +134,20 @@ class TestProof:
         fault, weights, biases = prove_structure(before, after, decomposition)
         assert not biases
         assert fault is None
+        assert weights == {}  # the annealed weight is the original's
+
+    def test_blocks_without_some_entries_make_another_weight(self) -> None:
+        removed = WEIGHT.copy()
+        removed[3, 3] = 0
+        after = rewritten(
+            (WEIGHT[:2, :2], removed[2:, 2:]), annealed=removed, annealing="masked"
+        )
+        decomposition = read_decomposition(after.proto, "after")
+        assert decomposition is not None
+        fault, weights, _ = prove_structure(original(), after, decomposition)
+        assert fault is None
         (weight,) = weights.values()
-        np.testing.assert_array_equal(weight, WEIGHT)
+        np.testing.assert_array_equal(weight, removed)
 
     @pytest.mark.parametrize("change", [0.01, 1e-6, -1.0])
     def test_a_changed_entry_fails_the_digest(self, change: float) -> None:

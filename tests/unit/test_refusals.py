@@ -1,0 +1,211 @@
+"""Every node that holds a weight and is left alone says why."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.parser
+import pytest
+from onnx import numpy_helper
+
+from onnx_decompose.constants import Constants
+from onnx_decompose.model_io import Model
+from onnx_decompose.refusals import find_refusals
+from onnx_decompose.sites import find_sites
+
+HEAD = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1, "local": 1, "other": 1]>'
+MATRIX = "float[2, 2] w = {1, 0, 0, 1}"
+BYTES = "int8[2, 2] q = {1, 0, 0, 1}, float s = {0.5}, int8 z = {0}"
+
+QUANTIZED = (
+    "the weight is quantized; its scales and zero points would have to be cut with it, "
+    "which is not written"
+)
+FUSED = "a fused operator of onnxruntime (com.microsoft); export the model without fusions"
+RECURRENT = "a recurrent operator; its gates and state are not taken apart"
+COMPUTED = "the weight is not stored as floats but computed from constants"
+
+
+def refused(text: str) -> dict[str, str]:
+    """Reasons by node name, those of ``sites`` included; no node of the model may be a site."""
+    model = Model(onnx.parser.parse_model(f"{HEAD} {text}"))
+    constants = Constants(model)
+    sites, refusals = find_sites(model, constants)
+    assert sites == ()
+    return {r.node: r.reason for r in (*refusals, *find_refusals(model, constants))}
+
+
+def graph(body: str, tensors: str = MATRIX, head: str = "float[B, 2] x") -> str:
+    return f"g ({head}) => (float[B, 2] y) <{tensors}> {{ {body} }}"
+
+
+@pytest.mark.parametrize(
+    ("body", "tensors", "reason"),
+    [
+        (
+            "d = DequantizeLinear(q, s, z) y = MatMul(x, d)",
+            BYTES,
+            f"{COMPUTED} (INT8, DequantizeLinear)",
+        ),
+        (
+            "d = DequantizeLinear <axis = 1> (q, c) y = Gemm(x, d)",
+            f"{BYTES}, float[2] c = {{1, 2}}",
+            f"{COMPUTED} (INT8, DequantizeLinear)",
+        ),
+        (
+            "f = Cast <to = 1> (q) d = Mul(f, s) y = MatMul(x, d)",
+            BYTES,
+            f"{COMPUTED} (INT8, Cast, Mul)",
+        ),
+        ("d = Neg(w) y = MatMul(x, d)", MATRIX, f"{COMPUTED} (Neg)"),
+        ("t = Transpose(d) y = MatMul(x, t) d = Neg(w)", MATRIX, None),
+        (
+            "d = ConstantOfShape(n) y = MatMul(x, d)",
+            "int64[2] n = {2, 2}",
+            f"{COMPUTED} (INT64, ConstantOfShape)",
+        ),
+        (
+            "a, b, c = DynamicQuantizeLinear(x) i = MatMulInteger(a, q, c) y = Cast <to = 1> (i)",
+            BYTES,
+            QUANTIZED,
+        ),
+        (
+            "a = QuantizeLinear(x, s, z) b = QLinearMatMul(a, s, z, q, s, z, s, z) y = Cast <to = 1> (b)",
+            BYTES,
+            QUANTIZED,
+        ),
+        ("y = com.microsoft.MatMulNBits(x, q, s)", BYTES, QUANTIZED),
+        ("y = com.microsoft.FusedMatMul(x, w)", MATRIX, FUSED),
+        ("y = com.microsoft.FusedGemm(x, w)", MATRIX, FUSED),
+        ("y = com.microsoft.Attention(x, w)", MATRIX, FUSED),
+        ("y = com.microsoft.MultiHeadAttention(x, x, x, w)", MATRIX, FUSED),
+        (
+            'y = Einsum <equation = "bi,ij->bj"> (x, w)',
+            MATRIX,
+            "Einsum (bi,ij->bj) is not taken apart; export it as a MatMul",
+        ),
+        (
+            "y = Conv <kernel_shape = [3]> (x, k)",
+            "float[2, 2, 3] k = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}",
+            "a convolution; channels are not taken apart",
+        ),
+        (
+            "y = Conv <kernel_shape = [1]> (x, k)",
+            "float[2, 2, 1] k = {0, 0, 0, 0}",
+            "a 1x1 convolution; it is not written as a grouped one",
+        ),
+        *(
+            (f"y = {op} <hidden_size = 1> (x, r, r)", "float[1, 1, 2] r = {0, 0}", RECURRENT)
+            for op in ("GRU", "LSTM", "RNN")
+        ),
+    ],
+)
+def test_every_operator_that_is_left_alone(body: str, tensors: str, reason: str | None) -> None:
+    reasons = refused(graph(body, tensors))
+    assert list(reasons.values()) == ([] if reason is None else [reason])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = other.Attention(x, w)",  # what a foreign operator holds is not known
+        "y = com.microsoft.FusedMatMul(x, x)",
+        "y = Conv <kernel_shape = [1]> (x, x)",
+        "y = Add(x, w)",
+        'y = Einsum <equation = "bi,bi->bi"> (x, x)',
+    ],
+)
+def test_nodes_without_a_weight_are_no_refusals(body: str) -> None:
+    assert refused(graph(body)) == {}
+
+
+def test_random_values_are_not_constants() -> None:
+    text = graph("r = RandomNormalLike(w) y = MatMul(x, r)")
+    assert refused(text) == {}
+
+
+def loop(body: str, states: str = "float[B, 2] h", extra: str = "") -> str:
+    """A Loop whose body reads ``w`` of the outer scope."""
+    return (
+        f"g (float[B, 2] x) => (float[B, 2] y) <{MATRIX}, int64 n = {{3}}, bool c = {{1}}> {{ "
+        f"y{extra} = Loop (n, c, x{', w' if extra else ''}) <body = inner (int64 i, bool k, {states}) => "
+        f"(bool j, float[B, 2] o{', float[2, 2] v' if extra else ''}) {{ j = Identity(k) {body} }}> }}"
+    )
+
+
+def test_a_weight_of_the_outer_scope_in_a_loop() -> None:
+    text = loop("o = MatMul(h, w)")
+    assert refused(text) == {
+        "y.body/o": "it is inside a subgraph; only the main graph is rewritten"
+    }
+
+
+def test_a_weight_that_is_a_state_of_a_loop() -> None:
+    text = loop(
+        "v = Identity(u) o = MatMul(h, u)", "float[B, 2] h, float[2, 2] u", extra=", last"
+    )
+    assert refused(text) == {
+        "y.body/o": "its weight is a state of the loop, which an iteration may change"
+    }
+
+
+def test_a_state_hides_an_outer_weight_of_its_name() -> None:
+    text = loop("o = MatMul(h, q) q = Neg(h)")
+    assert refused(text) == {}
+    text = loop("o = MatMul(w, h)", "float[B, 2] w").replace("MatMul(w, h)", "MatMul(w, w)")
+    assert refused(text) == {}
+
+
+def test_one_weight_in_both_branches_of_an_if() -> None:
+    inner = "{name} () => (float[B, 2] o) {{ o = {op}(x, w) }}"
+    branches = ", ".join(
+        f"{name} = {inner.format(name=name, op=op)}"
+        for name, op in (("then_branch", "MatMul"), ("else_branch", "Gemm"))
+    )
+    text = graph(f"y = If (b) <{branches}>", head="float[B, 2] x, bool b")
+    reasons = refused(text)
+    assert reasons == {
+        f"y.{name}/o": "it is inside a subgraph; only the main graph is rewritten"
+        for name in ("then_branch", "else_branch")
+    }
+
+
+def test_weights_that_a_subgraph_stores_itself() -> None:
+    text = loop(
+        "c2 = Constant <value = float[2, 2] {1, 2, 3, 4}> () d = Neg(c2) o = MatMul(h, d)"
+    )
+    assert list(refused(text)) == ["y.body/o"]
+
+
+@pytest.mark.parametrize(
+    ("call", "body"),
+    [
+        ("y = local.Linear(x, w)", "(a, b) => (o) { o = MatMul(a, b) }"),
+        (
+            "y = local.Linear(x)",
+            "(a) => (o) { k = Constant <value = float[2, 2] {1, 2, 3, 4}> () o = MatMul(a, k) }",
+        ),
+    ],
+)
+def test_a_call_of_a_function_that_holds_a_product(call: str, body: str) -> None:
+    text = f'{graph(call)} <domain: "local", opset_import: ["": 21]> Linear {body}'
+    assert refused(text) == {
+        "y": "a call of the model-local function local.Linear, which holds MatMul; functions are not "
+        "opened, inline them first"
+    }
+
+
+def test_a_call_of_a_function_without_weights_is_no_refusal() -> None:
+    function = '<domain: "local", opset_import: ["": 21]> Twice (a) => (o) { o = Add(a, a) }'
+    text = f"{graph('y = local.Twice(x)')} {function}"
+    assert refused(text) == {}
+
+
+def test_an_overridable_weight_of_a_recurrent_operator_counts_too() -> None:
+    model = onnx.parser.parse_model(
+        f"{HEAD} g (float[T, B, 2] x, float[1, 1, 2] r) => (y) {{ y = RNN <hidden_size = 1> (x, r, r) }}"
+    )
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.zeros((1, 1, 2), np.float32), "r")
+    )
+    found = Model(model)
+    assert [r.reason for r in find_refusals(found, Constants(found))] == [RECURRENT]
