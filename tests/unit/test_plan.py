@@ -190,7 +190,7 @@ def test_a_unit_without_inputs_is_a_constant_that_some_branch_keeps() -> None:
 
 def test_an_output_without_edges_is_still_made() -> None:
     mask = blocks(np.array([0, 0, 1, 1]), np.array([-1, 0, -1, 1, 1, -1]))
-    plan = plan_region(graph_of((4, 6), (0, 1, mask)), FREE)
+    plan = plan_region(graph_of((4, 6), (0, 1, mask)), FREE, "split")
     assert plan.components.isolated == 3
     assert [branch.units[1].tolist() for branch in plan.branches] == [[0, 1, 2], [3, 4, 5]]
 
