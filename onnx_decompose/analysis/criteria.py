@@ -34,9 +34,10 @@ import numpy as np
 from scipy import special
 
 from onnx_decompose.analysis import scan
-from onnx_decompose.analysis.decay import bulk_decay, sorted_magnitudes
+from onnx_decompose.analysis.decay import sorted_magnitudes
+from onnx_decompose.analysis.empirical import bulk_null
 from onnx_decompose.analysis.groups import Groups
-from onnx_decompose.analysis.null import Normal, Zero
+from onnx_decompose.analysis.null import Zero
 from onnx_decompose.analysis.pi0 import storey_pi0
 from onnx_decompose.analysis.selection import (
     Criterion,
@@ -73,7 +74,6 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "onnx_decompose.criteria"
 _LOOSEST_SIGMAS = 0.25
-_FEWEST_MOVED = 64
 _SMALLEST_SHARE = 1e-3
 
 
@@ -158,8 +158,9 @@ class DisplacementTest:
     """Movement beyond what the bulk of moved entries shows, Benjamini-Hochberg at ``alpha``.
 
     Untouched entries are unsupported. Among the others, a displacement without a consistent
-    gradient is a random walk, nearly normal; its scale is that of the central bulk. Without
-    initial weights only exact zeros are unsupported.
+    gradient is a random walk, nearly normal; its scale is that of the central bulk, where large
+    displacements are set apart from one (see ``empirical``). Where they are not, all that moved
+    stays. Without initial weights only exact zeros are unsupported.
     """
 
     alpha: float
@@ -178,13 +179,13 @@ class DisplacementTest:
             note = "displacement needs the initial weights: only exact zeros are unsupported"
             return Selection(evidence.weight != 0, self.name, None, share, (share, share), note)
         moved = sorted_magnitudes(evidence.values[~evidence.untouched])
-        if moved.size < _FEWEST_MOVED:
-            return dataclasses.replace(certain, criterion=self.name)
-        widest = Normal(float(moved[-1]))
-        walk = Normal(widest.scale * bulk_decay(moved, widest).factor)
+        walk, found = bulk_null(moved)
+        if walk is None:
+            note = f"{evidence.note}; displacements: {found}"
+            return dataclasses.replace(certain, criterion=self.name, note=note)
         test = dataclasses.replace(evidence, null=walk, untouched=None)
         selection = _stepwise(self.name, test, StepUp(self.alpha))
-        note = f"{evidence.note}; bulk displacement {walk.scale:.3g}"
+        note = f"{evidence.note}; displacements: {found}, {walk.name}"
         return dataclasses.replace(selection, mask=selection.mask & certain.mask, note=note)
 
     def looser(self) -> DisplacementTest | None:

@@ -43,7 +43,7 @@ _FEWEST = 64
 _TRIM = 0.002
 _REACH = 1.1
 _Z = 3.0
-"""Standard errors of the reported interval; its upper end is what a null is shrunk by."""
+"""Standard errors of the reported interval."""
 _DOUBLINGS = 14
 _WIDEST = 2.0**-6
 _STRAGGLERS = 0.01
@@ -65,13 +65,22 @@ class DecayEstimate:
         factor: estimate of s; 1 means no decay.
         interval: where s lies, three standard errors to each side.
         tolerance: relative deviation within which an entry equals ``s * w0`` (snapshots only).
-        members: sampled entries that the estimate rests on.
+        members: sampled entries, or lines, that the estimate rests on.
+        basis: ``snapshot``; ``lines``, a crowd of rows or columns of one scale; ``stated``, by
+            the user; ``bulk``, the bulk of entries, which training may have moved: such an
+            estimate is reported, and no null is shrunk by it.
     """
 
     factor: float
     interval: tuple[float, float]
     tolerance: float = 0.0
     members: int = 0
+    basis: str = "snapshot"
+
+    @property
+    def used(self) -> bool:
+        """Whether the null, or the displacement, is corrected by it."""
+        return self.basis != "bulk"
 
 
 NO_DECAY = DecayEstimate(1.0, (1.0, 1.0))

@@ -12,9 +12,8 @@ The two look at the same entries, so they are combined by Bonferroni, not by Fis
 Benjamini-Hochberg runs over the lines of each axis. A line that is not rejected is unsupported
 as a whole, a rejected one is kept as a whole.
 
-Decay. Untouched lines all have the same scale, ``s`` times the null's, while touched ones
-scatter; the factor is taken from the tightest crowd of line scales at or under 1, where there
-is one.
+Decay. Where a crowd of lines shows a common factor (see ``crowd``), the null is shrunk to it, and
+the tests allow for the factor's error.
 """
 
 from __future__ import annotations
@@ -42,14 +41,10 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.floating[Any]]
     BoolArray = NDArray[np.bool_]
 
-__all__ = ["Groups", "channel_edge_log_p", "line_factor", "line_p_values", "step_up"]
+__all__ = ["Groups", "channel_edge_log_p", "line_p_values", "step_up"]
 
 _LOG_2 = math.log(2.0)
 _ENTRIES_AT_A_TIME = 1 << 20
-_CROWD_WIDTH = 6.0
-"""Width, in standard errors of a line's scale, of the window that untouched lines fit in."""
-_CROWD_SHARE = 0.02
-_CROWD_LEAST = 4
 _DENSITY_TIMES_DEVIATION = 0.29
 """Largest shift of a distribution function per relative change of its scale: max |x| f(x),
 0.242 for a normal, 0.289 for a uniform with its own standard deviation as the unit."""
@@ -73,14 +68,11 @@ class Groups:
         exact = proven(self.name, evidence)
         if exact is not None:
             return exact
-        factors, p_values = [], []
-        for values in (evidence.values, evidence.values.T):
-            # An empirical null is what the weight looks like now: decay is in it already.
-            now = evidence.source == "empirical"
-            factor, error = (1.0, 0.0) if now else line_factor(values, evidence.null)
-            factors.append(factor)
-            null = evidence.null.shrunk(factor)
-            p_values.append(line_p_values(values, null, rng=rng, error=error))
+        null, error = _centred(evidence)
+        p_values = [
+            line_p_values(values, null, rng=rng, error=error)
+            for values in (evidence.values, evidence.values.T)
+        ]
         rows, columns = step_up(p_values[0], self.alpha), step_up(p_values[1], self.alpha)
         null_lines = [int(np.count_nonzero(p > LAMBDA)) for p in p_values]
         # Entries are null where their row or their column is: the larger share is a lower
@@ -91,7 +83,7 @@ class Groups:
         )
         note = (
             f"{np.count_nonzero(~rows)} of {rows.size} rows and {np.count_nonzero(~columns)} of "
-            f"{columns.size} columns unsupported; line factors {factors[0]:.3g}, {factors[1]:.3g}"
+            f"{columns.size} columns unsupported" + (f"; {evidence.note}" if evidence.note else "")
         )
         mask = (rows[:, None] & columns) & (evidence.weight != 0)
         return Selection(mask, self.name, None, estimate.value, estimate.interval, note)
@@ -133,40 +125,17 @@ def line_p_values(
     return result
 
 
-def line_factor(values: FloatArray, null: Null) -> tuple[float, float]:
-    """The factor s <= 1 that the scales of untouched rows of ``values``, (K, N), share.
+def _centred(evidence: Evidence) -> tuple[Null, float]:
+    """The null shrunk by the decay estimate itself, and that estimate's relative error.
 
-    Returns:
-        s and three relative standard errors of it; (1, 0) where no crowd of rows stands out, or
-        some rows beside the crowd have the null's own scale.
+    Single entries are tested against the estimate's upper end, which is the safe side for them;
+    a line can be too small as well as too large.
     """
-    lines, entries = values.shape
-    squares = np.zeros(lines)
-    step = max(1, _ENTRIES_AT_A_TIME // max(entries, 1))
-    for start in range(0, lines, step):
-        block = values[start : start + step].astype(np.float64) - null.location
-        squares[start : start + step] = np.einsum("ij,ij->i", block, block)
-    scales = np.sort(np.sqrt(squares[squares > 0] / entries) / null.std)
-    error = 1 / math.sqrt(2 * entries)
-    logs = np.log(scales[scales <= math.exp(3 * error)])
-    ends = np.searchsorted(logs, logs + _CROWD_WIDTH * error, side="right")
-    counts = ends - np.arange(logs.size)
-    if not counts.size:
-        return 1.0, 0.0
-    first = int(np.argmax(counts))
-    crowd = logs[first : ends[first]]
-    centre = float(np.median(crowd))
-    centre_error = 1.25 * error / math.sqrt(crowd.size)  # of the median of normal draws
-    least = max(_CROWD_LEAST, _CROWD_SHARE * lines)
-    near = np.count_nonzero(np.abs(np.log(scales) - centre) <= 1.5 * _CROWD_WIDTH * error)
-    if crowd.size < max(least, 0.6 * near) or abs(centre) <= 3 * centre_error:
-        return 1.0, 0.0
-    # Lines of the null's own scale beside the crowd: they are the untouched ones, and nothing
-    # decayed. The crowd is of touched lines that training made smaller.
-    others = np.concatenate([logs[:first], logs[ends[first] :]])
-    if np.count_nonzero(np.abs(others) <= 3 * error) >= least:
-        return 1.0, 0.0
-    return min(1.0, math.exp(centre)), 3 * centre_error
+    decay = evidence.decay
+    if decay is None or not decay.used:
+        return evidence.null, 0.0
+    low, high = decay.interval
+    return evidence.null.shrunk(decay.factor / high), max(high / decay.factor, decay.factor / low) - 1
 
 
 def step_up(p_values: FloatArray, alpha: float) -> BoolArray:
