@@ -179,13 +179,12 @@ class DisplacementTest:
             note = "displacement needs the initial weights: only exact zeros are unsupported"
             return Selection(evidence.weight != 0, self.name, None, share, (share, share), note)
         moved = sorted_magnitudes(evidence.values[~evidence.untouched])
-        walk, found = bulk_null(moved)
-        if walk is None:
-            note = f"{evidence.note}; displacements: {found}"
+        walk = bulk_null(moved)
+        note = f"{evidence.note}; displacements: {walk.note}"
+        if walk.null is None:
             return dataclasses.replace(certain, criterion=self.name, note=note)
-        test = dataclasses.replace(evidence, null=walk, untouched=None)
+        test = dataclasses.replace(evidence, null=walk.null, untouched=None)
         selection = _stepwise(self.name, test, StepUp(self.alpha))
-        note = f"{evidence.note}; displacements: {found}, {walk.name}"
         return dataclasses.replace(selection, mask=selection.mask & certain.mask, note=note)
 
     def looser(self) -> DisplacementTest | None:

@@ -29,6 +29,7 @@ __all__ = ["common_factor", "line_factor"]
 _ENTRIES_AT_A_TIME = 1 << 20
 _MOST_ENTRIES = 1 << 22
 """Entries that a crowd is looked for in; of a larger weight every line is read in part."""
+_BULK_SAMPLE = 1 << 15
 _CROWD_WIDTH = 6.0
 """Width, in standard errors of a line's scale, of the window that untouched lines fit in."""
 _CROWD_SHARE = 0.02
@@ -55,9 +56,8 @@ def common_factor(values: FloatArray, null: Null) -> DecayEstimate:
         high = min(crowd.interval[1] for crowd in found)
         if low <= high:  # rows and columns that contradict each other share no factor
             return best
-    return dataclasses.replace(
-        bulk_decay(sorted_magnitudes(values, null.location), null), basis="bulk"
-    )
+    magnitudes = sorted_magnitudes(values, null.location, most=_BULK_SAMPLE)
+    return dataclasses.replace(bulk_decay(magnitudes, null), basis="bulk")
 
 
 def line_factor(values: FloatArray, null: Null) -> DecayEstimate | None:
@@ -95,7 +95,7 @@ def line_factor(values: FloatArray, null: Null) -> DecayEstimate | None:
         return None
     spread = math.exp(3 * centre_error)
     factor = math.exp(centre)
-    interval = (factor / spread, min(factor * spread, 1.0))
+    interval = (factor / spread, factor * spread)
     return DecayEstimate(factor, interval, members=crowd.size, basis="lines")
 
 

@@ -12,14 +12,15 @@ kind than a record.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage
 
-from onnx_decompose.analysis.decay import bulk_decay, sorted_magnitudes
-from onnx_decompose.analysis.null import Normal, Null, Zero
+from onnx_decompose.analysis.decay import bulk_decay
+from onnx_decompose.analysis.null import Normal, Null
 from onnx_decompose.analysis.sketch import Sketch
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.floating[Any]]
 
-__all__ = ["bulk_edge", "bulk_null", "empirical_null"]
+__all__ = ["BulkNull", "bulk_edge", "bulk_null"]
 
 _FEWEST = 256
 _FEWEST_DISTINCT = 128
@@ -51,32 +52,37 @@ _LEAST_SHARE = 1e-3
 _KNOTS = 200
 
 
-def empirical_null(weight: FloatArray) -> tuple[Null, str]:
-    """A null from the bulk of ``weight``, (K, N), and what was found, in words."""
-    null, note = bulk_null(sorted_magnitudes(weight))
-    return Zero() if null is None else null, note
+@dataclasses.dataclass(frozen=True, slots=True)
+class BulkNull:
+    """What the bulk of some magnitudes follows.
 
-
-def bulk_null(magnitudes: FloatArray) -> tuple[Null | None, str]:
-    """The distribution of the bulk of ascending positive ``magnitudes``, and what was found.
-
-    Returns:
-        A null centred at zero; None where no bulk is set apart from a minority above it.
+    Attributes:
+        null: centred at zero; None where no bulk is set apart from a minority above it.
+        note: what was found, in words.
+        error: relative error of the null's scale, three standard errors, which ``null`` has
+            already been widened by.
     """
+
+    null: Null | None
+    note: str
+    error: float = 0.0
+
+
+def bulk_null(magnitudes: FloatArray) -> BulkNull:
+    """The distribution of the bulk of ascending positive ``magnitudes``, if there is one."""
     if magnitudes.size < _FEWEST:
-        return None, "too few nonzero entries for an empirical null"
+        return BulkNull(None, "too few nonzero entries for an empirical null")
     if np.count_nonzero(np.diff(magnitudes)) < _FEWEST_DISTINCT:
-        return None, "too few distinct magnitudes for an empirical null"
+        return BulkNull(None, "too few distinct magnitudes for an empirical null")
     edge, kind = bulk_edge(magnitudes)
     if edge is None:
-        return None, "no gap, valley or elbow sets large entries apart: no empirical null"
+        nothing = "no gap, valley or elbow sets large entries apart: no empirical null"
+        return BulkNull(None, nothing)
     bulk = magnitudes[magnitudes < edge]
     share = bulk.size / magnitudes.size
     if share < _LEAST_BULK:
-        return None, (
-            f"only {share:.1%} of the nonzero entries lie below {kind} at {edge:.2g}: "
-            "no empirical null"
-        )
+        few = f"only {share:.1%} of the nonzero entries lie below {kind} at {edge:.2g}"
+        return BulkNull(None, f"{few}: no empirical null")
     low, high = (float(np.quantile(magnitudes, q)) for q in (0.1, 0.9))
     note = (
         f"magnitudes spread over {math.log10(high / low):.1f} decades: the bulk ends at {kind} "
@@ -84,18 +90,21 @@ def bulk_null(magnitudes: FloatArray) -> tuple[Null | None, str]:
     )
     normal = _fitted_normal(bulk, edge)
     if normal is None:
-        return _bulk_sketch(bulk, edge), note
-    return normal, f"{note}; normal fitted to it"
+        return BulkNull(_bulk_sketch(bulk, edge), note)
+    return dataclasses.replace(normal, note=f"{note}; normal fitted to it")
 
 
-def _fitted_normal(bulk: FloatArray, edge: float) -> Normal | None:
+def _fitted_normal(bulk: FloatArray, edge: float) -> BulkNull | None:
     """A normal for ascending ``bulk``, all below ``edge``; None where it does not describe it."""
     # The widest normal that a scale can come from: its bulk cannot exceed the largest entry.
     widest = Normal(edge)
-    fitted = widest.shrunk(bulk_decay(bulk, widest).interval[1])
+    scale = bulk_decay(bulk, widest)
+    fitted = widest.shrunk(scale.interval[1])
     inside = -np.expm1(fitted.logsf(bulk)) / -math.expm1(float(fitted.logsf(np.array(edge))))
     distance = float(np.abs(inside - (np.arange(bulk.size) + 0.5) / bulk.size).max())
-    return fitted if distance <= _MISFIT + 1 / math.sqrt(bulk.size) else None
+    if distance > _MISFIT + 1 / math.sqrt(bulk.size):
+        return None
+    return BulkNull(fitted, "", scale.interval[1] / scale.factor - 1)
 
 
 def bulk_edge(magnitudes: FloatArray) -> tuple[float | None, str]:

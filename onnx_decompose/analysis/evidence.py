@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_decompose.analysis.crowd import common_factor
-from onnx_decompose.analysis.decay import DecayEstimate, displacement_from
-from onnx_decompose.analysis.empirical import empirical_null
+from onnx_decompose.analysis.decay import (
+    DecayEstimate,
+    displacement_from,
+    sorted_magnitudes,
+)
+from onnx_decompose.analysis.empirical import bulk_null
 from onnx_decompose.analysis.null import (
     Normal,
     Null,
@@ -54,6 +58,8 @@ class Evidence:
         decay: the common factor by which weight decay shrank every untouched entry, and whether
             ``null`` is shrunk by it (to its interval's upper end); None where none was looked
             for or found.
+        error: relative error of the null's scale where that was estimated, three standard
+            errors; ``null`` is wider than the estimate by as much.
         untouched: (K, N) True where the source proves that no gradient ever arrived; None where
             it cannot.
         note: what a reader of the report should know, such as why a source was not used.
@@ -64,6 +70,7 @@ class Evidence:
     null: Null
     source: str
     decay: DecayEstimate | None = None
+    error: float = 0.0
     untouched: BoolArray | None = None
     note: str = ""
 
@@ -114,7 +121,13 @@ def _from_snapshot(weight: FloatArray, prior: Prior) -> Evidence:
             f"decay factor {moved.decay.factor:.6g} ({low:.6g} to {high:.6g})"
         )
     return Evidence(
-        weight, moved.values, Zero(), "snapshot", moved.decay, moved.untouched, note
+        weight,
+        moved.values,
+        Zero(),
+        "snapshot",
+        moved.decay,
+        untouched=moved.untouched,
+        note=note,
     )
 
 
@@ -152,9 +165,10 @@ def _recorded_null(record: InitRecord) -> Null | None:
 
 def _from_bulk(weight: FloatArray, prior: Prior) -> Evidence:
     del prior
-    null, note = empirical_null(weight)
-    source = "zero" if isinstance(null, Zero) else "empirical"
-    return Evidence(weight, weight, null, source, note=note)
+    bulk = bulk_null(sorted_magnitudes(weight))
+    if bulk.null is None:
+        return _exact_zeros(weight, bulk.note)
+    return Evidence(weight, weight, bulk.null, "empirical", error=bulk.error, note=bulk.note)
 
 
 def _from_zeros(weight: FloatArray, prior: Prior) -> Evidence:
@@ -182,8 +196,10 @@ def _against(
         note += f" from {decay.members} lines of one scale"
     elif decay.basis == "bulk":
         note = "" if decay.factor == 1 else f"the bulk looks shrunk, {note}: not used"
-    null = initial.shrunk(high) if decay.used else initial
-    return Evidence(weight, weight, null, source, decay, note=note)
+    if not decay.used:
+        return Evidence(weight, weight, initial, source, decay, note=note)
+    error = high / decay.factor - 1
+    return Evidence(weight, weight, initial.shrunk(high), source, decay, error, note=note)
 
 
 def _exact_zeros(weight: FloatArray, why: str) -> Evidence:

@@ -68,7 +68,10 @@ class Groups:
         exact = proven(self.name, evidence)
         if exact is not None:
             return exact
-        null, error = _centred(evidence)
+        # Single entries are tested against the upper end of an estimated scale, which is the
+        # safe side for them; a line can be too small as well as too large.
+        error = evidence.error
+        null = evidence.null.shrunk(1 / (1 + error))
         p_values = [
             line_p_values(values, null, rng=rng, error=error)
             for values in (evidence.values, evidence.values.T)
@@ -123,19 +126,6 @@ def line_p_values(
             scale = shape
         result[start : start + step] = np.minimum(2 * np.minimum(scale, shape), 1.0)
     return result
-
-
-def _centred(evidence: Evidence) -> tuple[Null, float]:
-    """The null shrunk by the decay estimate itself, and that estimate's relative error.
-
-    Single entries are tested against the estimate's upper end, which is the safe side for them;
-    a line can be too small as well as too large.
-    """
-    decay = evidence.decay
-    if decay is None or not decay.used:
-        return evidence.null, 0.0
-    low, high = decay.interval
-    return evidence.null.shrunk(decay.factor / high), max(high / decay.factor, decay.factor / low) - 1
 
 
 def step_up(p_values: FloatArray, alpha: float) -> BoolArray:
@@ -195,19 +185,20 @@ def _normal_scores(
     error: float,
 ) -> FloatArray:
     """Standard normal for untouched entries; infinite past a bounded null's edge."""
-    deviation = values.astype(np.float64) - null.location
-    half = grid.half_cell(values)
+    deviation = values.astype(np.float64)
     if grid.bits < 24:
-        deviation += rng.uniform(-1.0, 1.0, deviation.shape) * half
+        deviation += rng.uniform(-1.0, 1.0, deviation.shape) * grid.half_cell(values)
+    deviation -= null.location
     if isinstance(null, Normal):
         return deviation / null.scale
     log_p = null.logsf(np.abs(deviation))
     # Past a bounded null's edge, but within rounding and the error of the scale: at the edge.
     outside = np.isneginf(log_p)
     if outside.any():
-        nearest = (np.abs(deviation) - 2 * half) / (1 + error)
-        at_edge = outside & np.isfinite(null.logsf(np.maximum(nearest, 0.0)))
-        log_p[at_edge] = -math.log(2 * deviation.shape[1])
+        rounding = 2 * grid.half_cell(values[outside])
+        nearest = (np.abs(deviation[outside]) - rounding) / (1 + error)
+        at_edge = np.isfinite(null.logsf(np.maximum(nearest, 0.0)))
+        log_p[outside] = np.where(at_edge, -math.log(2 * deviation.shape[1]), -np.inf)
     scores: FloatArray = np.copysign(-special.ndtri_exp(log_p - _LOG_2), deviation)
     return scores
 
@@ -215,7 +206,7 @@ def _normal_scores(
 def _kolmogorov_smirnov(scores: FloatArray, slack: float) -> FloatArray:
     """(K,) p-value of each row of ``scores`` against the standard normal, known to ``slack``."""
     n = scores.shape[1]
-    uniform = special.ndtr(np.sort(scores, axis=1))
+    uniform = special.ndtr(np.sort(scores.astype(np.float32), axis=1))
     steps = np.arange(n + 1) / n
     distance = np.maximum((steps[1:] - uniform).max(axis=1), (uniform - steps[:-1]).max(axis=1))
     distance = np.maximum(distance - slack, 0.0)
