@@ -266,10 +266,10 @@ def table(tallies: dict[Cell, Tally], *, full: bool) -> tuple[str, int]:
         certain = math.inf if over > 0 else -math.inf
         scores[cell] = over / tally.error if tally.error else certain
     lines = [
-        "| null | criterion | size | draws | nominal | worst of | measured | s.e. | where | above by 2 s.e. "
-        "| draws with a null |",
+        "| null | criterion | size | draws | nominal | worst of | measured | s.e. | where |",
         "|" + "---|" * 11,
     ]
+    lines[0] += " above by 2 s.e. | draws with a null |"
     grouped: dict[tuple[object, ...], list[Cell]] = collections.defaultdict(list)
     for cell in tallies:
         key = (cell.null, cell.criterion, cell.size)

@@ -3,8 +3,9 @@
 Decay leaves every untouched entry ``s * w0``, so whole untouched rows (inputs) and columns
 (outputs) all have the scale ``s`` times the null's, known to ``1 / sqrt(2 N)`` each, while
 touched lines scatter. A crowd of lines at one scale under 1 is therefore what a common factor
-looks like. The bulk of single entries is not: training moves entries towards zero too. So only
-a crowd shrinks a null; what the bulk looks like is an estimate to be reported.
+looks like, if its entries are distributed as the shrunken null and no lines of the null's own
+scale lie beside it. The bulk of single entries is not: training moves entries towards zero too.
+So only a crowd shrinks a null; what the bulk looks like is an estimate to be reported.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.floating[Any]]
 
-__all__ = ["common_factor", "line_factor"]
+__all__ = ["common_factor"]
 
 _ENTRIES_AT_A_TIME = 1 << 20
 _MOST_ENTRIES = 1 << 22
@@ -34,77 +35,97 @@ _CROWD_WIDTH = 6.0
 """Width, in standard errors of a line's scale, of the window that untouched lines fit in."""
 _CROWD_SHARE = 0.02
 _CROWD_LEAST = 4
+_CROWD_NEAR = 0.6
+"""A crowd holds this share of the lines within half as much again to each side."""
+_MISFIT = 0.03
+"""Largest distance of the crowd's distribution function from the shrunken null's."""
+_CROWD_LINES = 256
+"""Members whose entries are compared with the shrunken null."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Crowd:
+    """Lines of one scale: positions in the weight, centre and standard error of the log scale."""
+
+    members: NDArray[np.intp]
+    centre: float
+    error: float
 
 
 def common_factor(values: FloatArray, null: Null) -> DecayEstimate:
     """The factor by which decay shrank the untouched entries of ``values``, (K, N).
 
     Returns:
-        An estimate with basis ``lines`` where rows or columns crowd at one scale, the more precise of the
-        two where both do and agree. Otherwise the estimate from the bulk of entries, basis
+        An estimate with basis ``lines`` where rows or columns crowd at one scale, the more
+        precise of the two where both do. Otherwise the estimate from the bulk of entries, basis
         ``bulk``: what it would be had training left the bulk alone, which nothing shows.
     """
-    step = math.ceil(math.sqrt(max(values.size / _MOST_ENTRIES, 1)))
+    step = math.ceil(max(values.size / _MOST_ENTRIES, 1))
     found = [
         crowd
-        for lines in (values[:, :: step * step], values.T[:, :: step * step])
-        if (crowd := line_factor(lines, null)) is not None
+        for lines in (values[:, ::step], values.T[:, ::step])
+        if (crowd := _tightest(_log_scales(lines, null), lines.shape[1])) is not None
+        and _is_shrunken_null(lines, crowd, null)
     ]
     if found:
-        best = min(found, key=lambda crowd: crowd.interval[1] / crowd.interval[0])
-        low = max(crowd.interval[0] for crowd in found)
-        high = min(crowd.interval[1] for crowd in found)
-        if low <= high:  # rows and columns that contradict each other share no factor
-            return best
+        crowd = min(found, key=lambda crowd: crowd.error)
+        factor, spread = math.exp(crowd.centre), math.exp(3 * crowd.error)
+        interval = (factor / spread, factor * spread)
+        return DecayEstimate(factor, interval, members=crowd.members.size, basis="lines")
     magnitudes = sorted_magnitudes(values, null.location, most=_BULK_SAMPLE)
     return dataclasses.replace(bulk_decay(magnitudes, null), basis="bulk")
 
 
-def line_factor(values: FloatArray, null: Null) -> DecayEstimate | None:
-    """The factor s < 1 that the scales of untouched rows of ``values``, (K, N), share.
-
-    Returns:
-        s with three standard errors to each side; None where no crowd of rows stands out, or
-        some rows beside the crowd have the null's own scale.
-    """
-    lines, entries = values.shape
-    if not entries:
-        return None
+def _log_scales(lines: FloatArray, null: Null) -> FloatArray:
+    """(K,) log of every row's scale over the null's; infinite for rows of zeros."""
+    count, entries = lines.shape
+    squares = np.zeros(count)
+    step = max(1, _ENTRIES_AT_A_TIME // max(entries, 1))
+    for start in range(0, count, step):
+        block = lines[start : start + step].astype(np.float64)
+        squares[start : start + step] = np.einsum("ij,ij->i", block, block)
     # E[W^2] shrinks by s^2, whatever the location.
-    own = math.hypot(null.std, null.location)
-    scales = np.sqrt(_mean_squares(values)) / own
-    scales = np.sort(scales[scales > 0])
-    error = 1 / math.sqrt(2 * entries)
-    logs = np.log(scales[scales <= math.exp(3 * error)])
-    ends = np.searchsorted(logs, logs + _CROWD_WIDTH * error, side="right")
-    counts = ends - np.arange(logs.size)
-    if not counts.size:
+    own = (null.std**2 + null.location**2) * max(entries, 1)
+    return np.log(squares / own, out=np.full(count, np.inf), where=squares > 0) / 2
+
+
+def _tightest(logs: FloatArray, entries: int) -> _Crowd | None:
+    """The window with the most lines at or under the null's scale, if that is under it."""
+    error = 1 / math.sqrt(2 * max(entries, 1))
+    order = np.argsort(logs)
+    order = order[: np.searchsorted(logs[order], 3 * error, side="right")]
+    if not order.size:
         return None
-    first = int(np.argmax(counts))
-    crowd = logs[first : ends[first]]
-    centre = float(np.median(crowd))
-    centre_error = 1.25 * error / math.sqrt(crowd.size)  # of the median of normal draws
-    least = max(_CROWD_LEAST, _CROWD_SHARE * lines)
-    near = np.count_nonzero(np.abs(np.log(scales) - centre) <= 1.5 * _CROWD_WIDTH * error)
-    if crowd.size < max(least, 0.6 * near) or centre >= -3 * centre_error:
+    ascending = logs[order]
+    ends = np.searchsorted(ascending, ascending + _CROWD_WIDTH * error, side="right")
+    first = int(np.argmax(ends - np.arange(order.size)))
+    members = order[first : ends[first]]
+    centre = float(np.median(logs[members]))
+    of_centre = 1.25 * error / math.sqrt(members.size)  # of the median of normal draws
+    near = np.count_nonzero(np.abs(logs - centre) <= 1.5 * _CROWD_WIDTH * error)
+    if members.size < max(_least(logs), _CROWD_NEAR * near) or centre >= -3 * of_centre:
         return None
     # Lines of the null's own scale beside the crowd: they are the untouched ones, and nothing
     # decayed. The crowd is of touched lines that training made smaller.
-    others = np.concatenate([logs[:first], logs[ends[first] :]])
-    if np.count_nonzero(np.abs(others) <= 3 * error) >= least:
+    own = np.abs(np.delete(logs, members)) <= 3 * error
+    if np.count_nonzero(own) >= _least(logs):
         return None
-    spread = math.exp(3 * centre_error)
-    factor = math.exp(centre)
-    interval = (factor / spread, factor * spread)
-    return DecayEstimate(factor, interval, members=crowd.size, basis="lines")
+    return _Crowd(members, centre, of_centre)
 
 
-def _mean_squares(values: FloatArray) -> FloatArray:
-    """(K,) mean square of every row, a bounded number of entries widened at a time."""
-    lines, entries = values.shape
-    squares = np.zeros(lines)
-    step = max(1, _ENTRIES_AT_A_TIME // entries)
-    for start in range(0, lines, step):
-        block = values[start : start + step].astype(np.float64)
-        squares[start : start + step] = np.einsum("ij,ij->i", block, block)
-    return squares / entries
+def _least(logs: FloatArray) -> float:
+    return max(_CROWD_LEAST, _CROWD_SHARE * logs.size)
+
+
+def _is_shrunken_null(lines: FloatArray, crowd: _Crowd, null: Null) -> bool:
+    """Whether the crowd's entries are distributed as the null shrunk to the crowd's scale.
+
+    A mixture of lines that training shrank by different factors has one scale too, seen across
+    them, but not the null's distribution.
+    """
+    chosen = crowd.members[:: math.ceil(crowd.members.size / _CROWD_LINES)]
+    shrunken = null.shrunk(math.exp(crowd.centre))
+    deviation = np.abs(lines[chosen].astype(np.float64) - shrunken.location)
+    uniform = np.sort(-np.expm1(shrunken.logsf(deviation)), axis=None)
+    distance = float(np.abs(uniform - (np.arange(uniform.size) + 0.5) / uniform.size).max())
+    return distance <= _MISFIT + 1 / math.sqrt(uniform.size)

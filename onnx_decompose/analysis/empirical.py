@@ -133,7 +133,9 @@ def bulk_edge(magnitudes: FloatArray) -> tuple[float | None, str]:
         return 10 ** float(centres[summit + found]), "a valley"
     found = _elbow(density[flank])
     return (
-        (None, "nothing") if found is None else (10 ** float(centres[summit + found]), "an elbow")
+        (None, "nothing")
+        if found is None
+        else (10 ** float(centres[summit + found]), "an elbow")
     )
 
 

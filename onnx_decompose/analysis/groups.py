@@ -1,4 +1,4 @@
-"""Group evidence: whole rows (inputs), whole columns (outputs), channel edges.
+"""Group evidence: whole rows (inputs) and whole columns (outputs).
 
 One entry says little, a line of N entries much: the scale of a row is known to ``1 / sqrt(2
 N)``. Entries are turned into normal scores under the null; a line's p-value is then twice the
@@ -32,8 +32,6 @@ from onnx_decompose.analysis.selection import Selection, looser_level, proven
 from onnx_decompose.analysis.sketch import Sketch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.evidence import Evidence
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.floating[Any]]
     BoolArray = NDArray[np.bool_]
 
-__all__ = ["Groups", "channel_edge_log_p", "line_p_values", "step_up"]
+__all__ = ["Groups", "line_p_values", "step_up"]
 
 _LOG_2 = math.log(2.0)
 _ENTRIES_AT_A_TIME = 1 << 20
@@ -86,7 +84,8 @@ class Groups:
         )
         note = (
             f"{np.count_nonzero(~rows)} of {rows.size} rows and {np.count_nonzero(~columns)} of "
-            f"{columns.size} columns unsupported" + (f"; {evidence.note}" if evidence.note else "")
+            f"{columns.size} columns unsupported"
+            + (f"; {evidence.note}" if evidence.note else "")
         )
         mask = (rows[:, None] & columns) & (evidence.weight != 0)
         return Selection(mask, self.name, None, estimate.value, estimate.interval, note)
@@ -134,47 +133,6 @@ def step_up(p_values: FloatArray, alpha: float) -> BoolArray:
     passing = np.flatnonzero(order <= alpha * np.arange(1, order.size + 1) / max(order.size, 1))
     rejected: BoolArray = p_values <= (order[passing[-1]] if passing.size else -1.0)
     return rejected
-
-
-def channel_edge_log_p(values: FloatArray, nulls: Sequence[Null]) -> FloatArray:
-    """(K, N) log p-value of each dependency from its parameters over the channels.
-
-    The edge (i, j) of a d -> c*d -> d block, or of a recurrent op's gates, is the sequence
-    ``values[:, i, j]``: chi-square with one degree of freedom per channel where every null is
-    normal, Fisher's combination (1925) of the entries' p-values otherwise.
-
-    Args:
-        values: (channels, K, N).
-        nulls: one per channel.
-    """
-    total = np.zeros(values.shape[1:])
-    if all(isinstance(null, Normal) for null in nulls):
-        for channel, null in zip(values, nulls, strict=True):
-            total += ((channel.astype(np.float64) - null.location) / null.scale) ** 2
-        return log_chi_square_sf(total, len(nulls))
-    for channel, null in zip(values, nulls, strict=True):
-        deviation = np.abs(channel.astype(np.float64) - null.location)
-        inner = np.maximum(deviation - scan.resolution_of(channel).half_cell(channel), 0.0)
-        total -= 2 * null.logsf(inner)
-    return log_chi_square_sf(total, 2 * len(nulls))
-
-
-def log_chi_square_sf(statistic: FloatArray, degrees: int) -> FloatArray:
-    """Log survival function of chi-square, where the plain one underflows too."""
-    a, x = degrees / 2, np.asarray(statistic, dtype=np.float64) / 2
-    survival = special.gammaincc(a, x)
-    # Upper incomplete gamma by its asymptotic series (DLMF 8.11.2), which ends or converges
-    # fast for x far above a, the only place it is used.
-    series, term = np.ones_like(x), np.ones_like(x)
-    far = np.maximum(x, 100.0)
-    for k in range(1, 20):
-        term = term * (a - k) / far
-        series += term
-    with np.errstate(divide="ignore", invalid="ignore"):
-        tail = (a - 1) * np.log(far) - x - special.gammaln(a) + np.log(series)
-        plain = np.log(survival)
-    log_p: FloatArray = np.where(survival > 1e-250, plain, tail)
-    return log_p
 
 
 def _normal_scores(
