@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import special
 
+from onnx_decompose.analysis.channels import stacked_channels
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.evidence import Evidence, gather_evidence
 from onnx_decompose.analysis.record import QUANTILE_LEVELS, InitRecord, Prior
@@ -50,6 +51,7 @@ KSIGMA_LEVEL = 0.01
 DTYPES = ("float32", "float16")
 DECAYS = (1.0, 0.6)
 SAVE_EVERY = 20
+POWER_SIZE = 256
 
 
 def _trunc_normal(rng: np.random.Generator, n: int) -> FloatArray:
@@ -321,38 +323,87 @@ def false_edges(options: argparse.Namespace) -> int:
     return rejected
 
 
-def power(draws: int, size: int = 256) -> None:
-    """Print the share of planted effects found, per effect size."""
-    rng = np.random.default_rng(0)
-    names = ("fdr", "fwer", "ksigma:3")
-    print(f"| effect (sigma), {PLANTED:.0%} of entries | {' | '.join(names)} |")
-    print("|---|---|---|---|")
-    for effect in (2, 3, 4, 5, 6, 7, 8):
-        found = np.zeros(len(names))
-        for _ in range(draws):
-            weight = rng.standard_normal((size, size), dtype=np.float32)
-            touched = rng.random(weight.shape) < PLANTED
-            weight[touched] += effect
-            evidence = gather_evidence(weight, "normal:1", Prior(size, size))
-            for i, name in enumerate(names):
-                mask = make_criterion(name, LEVEL).select(evidence, rng=rng).mask
-                found[i] += mask[touched].mean()
-        print(f"| {effect} | {' | '.join(f'{x:.3f}' for x in found / draws)} |", flush=True)
-    print(
-        "\n| scale of touched rows, 10 % of rows | group | entrywise fdr, any entry of the row |"
-    )
-    print("|---|---|---|")
-    for scale in (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0):
-        found = np.zeros(2)
-        for _ in range(draws):
-            weight = rng.standard_normal((size, size), dtype=np.float32)
-            rows = rng.random(size) < 0.1
-            weight[rows] *= np.float32(scale)
-            evidence = gather_evidence(weight, "normal:1", Prior(size, size))
-            for i, name in enumerate(("group", "fdr")):
-                mask = make_criterion(name, LEVEL).select(evidence, rng=rng).mask
-                found[i] += mask[rows].any(axis=1).mean() if rows.any() else 0
-        print(f"| {scale} | {' | '.join(f'{x:.3f}' for x in found / draws)} |", flush=True)
+def supported(
+    weight: FloatArray, null: str, criterion: str, rng: np.random.Generator
+) -> BoolArray:
+    """What ``criterion`` supports at ``LEVEL``."""
+    evidence = gather_evidence(weight, null, Prior(*weight.shape))
+    return make_criterion(criterion, LEVEL).select(evidence, rng=rng).mask
+
+
+def power_of_entries(effect: float, rng: np.random.Generator) -> list[float]:
+    """Single entries moved by ``effect`` deviations: fdr, fwer, ksigma:3, empirical + fdr."""
+    weight = rng.standard_normal((POWER_SIZE, POWER_SIZE), dtype=np.float32)
+    touched = rng.random(weight.shape) < PLANTED
+    weight[touched] += effect
+    asked = [("normal:1", c) for c in ("fdr", "fwer", "ksigma:3")] + [("empirical", "fdr")]
+    masks = [supported(weight, null, criterion, rng) for null, criterion in asked]
+    # Without an edge there is no empirical null: all is kept, and nothing is found.
+    return [float(m[touched].mean()) if not m.all() else 0.0 for m in masks]
+
+
+def power_of_rows(scale: float, rng: np.random.Generator) -> list[float]:
+    """Whole rows ``scale`` times as wide: group, any entry of the row by fdr."""
+    weight = rng.standard_normal((POWER_SIZE, POWER_SIZE), dtype=np.float32)
+    rows = np.arange(POWER_SIZE) < PLANTED_ROWS * POWER_SIZE
+    weight[rows] *= np.float32(scale)
+    masks = [supported(weight, "normal:1", criterion, rng) for criterion in ("group", "fdr")]
+    return [float(m[rows].any(axis=1).mean()) for m in masks]
+
+
+def power_through_decay(effect: float, rng: np.random.Generator) -> list[float]:
+    """A tenth of the entries of 30 % of the rows moved, all decayed by 0.6.
+
+    The null unshrunken, shrunk by what the rows show, and by what the user states.
+    """
+    weight = DECAYS[1] * rng.standard_normal((POWER_SIZE, POWER_SIZE))
+    touched = rng.random(weight.shape) < np.where(np.arange(POWER_SIZE) < 77, 0.1, 0)[:, None]
+    weight[touched] += effect
+    wide = weight.astype(np.float32)
+    nulls = ("normal:1,decay=1", "normal:1", f"normal:1,decay={DECAYS[1]}")
+    return [float(supported(wide, null, "fdr", rng)[touched].mean()) for null in nulls]
+
+
+def power_of_channels(effect: float, rng: np.random.Generator) -> list[float]:
+    """2 % of the edges moved by ``effect`` in each of four gates: channel:4, any gate by fdr."""
+    gates = rng.standard_normal((POWER_SIZE, 4 * POWER_SIZE), dtype=np.float32)
+    edges = rng.random((POWER_SIZE, POWER_SIZE)) < PLANTED
+    gates[np.tile(edges, 4)] += effect
+    masks = [supported(gates, "normal:1", criterion, rng) for criterion in ("channel:4", "fdr")]
+    return [float(stacked_channels(m, 4).any(axis=0)[edges].mean()) for m in masks]
+
+
+POWER: dict[
+    str, tuple[Callable[[float, np.random.Generator], list[float]], tuple[float, ...]]
+] = {
+    f"effect, {PLANTED:.0%} of entries | fdr | fwer | ksigma:3 | empirical + fdr": (
+        power_of_entries,
+        (2, 3, 4, 5, 6, 7, 8),
+    ),
+    "scale of touched rows, 10 % of rows | group | fdr, any entry of the row": (
+        power_of_rows,
+        (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0),
+    ),
+    "effect, decay 0.6 | unshrunken null | factor from the rows | factor stated": (
+        power_through_decay,
+        (1, 2, 3, 4, 5, 6),
+    ),
+    f"effect in each of 4 gates, {PLANTED:.0%} of edges | channel:4 | fdr, any gate": (
+        power_of_channels,
+        (1, 1.5, 2, 2.5, 3, 4),
+    ),
+}
+
+
+def power(draws: int) -> None:
+    """Print the share of planted effects found, per effect size in the null's deviations."""
+    for heading, (measure, effects) in POWER.items():
+        rng = np.random.default_rng(0)
+        print(f"\n| {heading} |")
+        print("|" + "---|" * (heading.count("|") + 1))
+        for effect in effects:
+            found = np.mean([measure(effect, rng) for _ in range(draws)], axis=0)
+            print(f"| {effect} | {' | '.join(f'{x:.3f}' for x in found)} |", flush=True)
 
 
 def main() -> None:

@@ -28,19 +28,21 @@ if TYPE_CHECKING:
 __all__ = ["common_factor"]
 
 _ENTRIES_AT_A_TIME = 1 << 20
-_MOST_ENTRIES = 1 << 22
+_MOST_ENTRIES = 1 << 20
 """Entries that a crowd is looked for in; of a larger weight every line is read in part."""
 _BULK_SAMPLE = 1 << 15
 _CROWD_WIDTH = 6.0
 """Width, in standard errors of a line's scale, of the window that untouched lines fit in."""
 _CROWD_SHARE = 0.02
 _CROWD_LEAST = 4
+_CROWD_ENTRIES = 256
+"""Fewer entries look like any null."""
 _CROWD_NEAR = 0.6
 """A crowd holds this share of the lines within half as much again to each side."""
 _MISFIT = 0.03
 """Largest distance of the crowd's distribution function from the shrunken null's."""
-_CROWD_LINES = 256
-"""Members whose entries are compared with the shrunken null."""
+_COMPARED = 1 << 15
+"""Entries of the crowd that are compared with the shrunken null."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +102,8 @@ def _tightest(logs: FloatArray, entries: int) -> _Crowd | None:
     ends = np.searchsorted(ascending, ascending + _CROWD_WIDTH * error, side="right")
     first = int(np.argmax(ends - np.arange(order.size)))
     members = order[first : ends[first]]
+    if members.size * entries < _CROWD_ENTRIES:
+        return None
     centre = float(np.median(logs[members]))
     of_centre = 1.25 * error / math.sqrt(members.size)  # of the median of normal draws
     near = np.count_nonzero(np.abs(logs - centre) <= 1.5 * _CROWD_WIDTH * error)
@@ -123,7 +127,8 @@ def _is_shrunken_null(lines: FloatArray, crowd: _Crowd, null: Null) -> bool:
     A mixture of lines that training shrank by different factors has one scale too, seen across
     them, but not the null's distribution.
     """
-    chosen = crowd.members[:: math.ceil(crowd.members.size / _CROWD_LINES)]
+    step = math.ceil(crowd.members.size * lines.shape[1] / _COMPARED)
+    chosen = crowd.members[::step]
     shrunken = null.shrunk(math.exp(crowd.centre))
     deviation = np.abs(lines[chosen].astype(np.float64) - shrunken.location)
     uniform = np.sort(-np.expm1(shrunken.logsf(deviation)), axis=None)
