@@ -219,8 +219,12 @@ def _ratio_cluster(
         ]
     found = max(filter(None, clusters), key=lambda c: c.members, default=None)
     # Chance makes two float32 numbers equal too rarely to be mistaken for being untouched.
-    least = 1 if coarser.bits >= _FINE_BITS else window
-    if equal >= least and (found is None or 2 * equal >= found.members):
+    fine = coarser.bits >= _FINE_BITS
+    least = 1 if fine else window
+    # Decay moves the factor by more than its roundings add up to, or rounding undoes it: a crowd
+    # about 1 wider than that is of entries that moved a little, beside equal ones that did not.
+    about_one = found is not None and fine and abs(found.factor - 1) <= found.tolerance
+    if equal >= least and (found is None or about_one or 2 * equal >= found.members):
         return DecayEstimate(1.0, (1.0, 1.0), 0.0, equal)
     if (
         found is not None

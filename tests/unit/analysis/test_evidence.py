@@ -60,6 +60,19 @@ def test_snapshot_where_everything_moved(rng: np.random.Generator) -> None:
     assert "touched" in evidence.note
 
 
+def test_entries_that_moved_a_little_are_not_taken_for_untouched(
+    rng: np.random.Generator,
+) -> None:
+    initial = rng.normal(0, 0.02, (64, 128)).astype(np.float32)
+    weight = initial * rng.uniform(1.01, 2, initial.shape).astype(np.float32)
+    weight[0, :40] = initial[0, :40] * rng.uniform(0.9999, 1.0001, 40).astype(np.float32)
+    weight[1, :3] = initial[1, :3]
+    evidence = gather_evidence(weight, "snapshot", Prior(64, 128, snapshot=initial))
+    assert evidence.untouched is not None
+    assert evidence.untouched[1, :3].all()
+    assert evidence.untouched.sum() == 3 + np.count_nonzero(weight[0, :40] == initial[0, :40])
+
+
 def test_snapshot_of_a_weight_saved_in_half_precision(rng: np.random.Generator) -> None:
     initial, weight, touched = trained(rng, 0.0, 1)
     half = weight.astype(np.float16)
