@@ -326,8 +326,10 @@ def false_edges(options: argparse.Namespace) -> int:
 def supported(
     weight: FloatArray, null: str, criterion: str, rng: np.random.Generator
 ) -> BoolArray:
-    """What ``criterion`` supports at ``LEVEL``."""
+    """What ``criterion`` finds at ``LEVEL``: nothing, where there is no empirical null."""
     evidence = gather_evidence(weight, null, Prior(*weight.shape))
+    if evidence.source == "zero":
+        return np.zeros(weight.shape, dtype=bool)
     return make_criterion(criterion, LEVEL).select(evidence, rng=rng).mask
 
 
@@ -338,8 +340,7 @@ def power_of_entries(effect: float, rng: np.random.Generator) -> list[float]:
     weight[touched] += effect
     asked = [("normal:1", c) for c in ("fdr", "fwer", "ksigma:3")] + [("empirical", "fdr")]
     masks = [supported(weight, null, criterion, rng) for null, criterion in asked]
-    # Without an edge there is no empirical null: all is kept, and nothing is found.
-    return [float(m[touched].mean()) if not m.all() else 0.0 for m in masks]
+    return [float(m[touched].mean()) for m in masks]
 
 
 def power_of_rows(scale: float, rng: np.random.Generator) -> list[float]:

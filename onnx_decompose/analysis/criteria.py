@@ -21,7 +21,7 @@ Cases decided once, for every criterion:
 - A bounded null's edge, exactly reached, is judged by its rounding cell (see ``scan``).
 
 A third party adds a criterion as an entry point in the group ``onnx_decompose.criteria``: a
-callable that takes alpha and returns a :class:`Criterion`. ``docs/evidence.md`` shows one.
+callable that takes alpha and returns a :class:`Criterion`. ``docs/architecture.md`` shows one.
 """
 
 from __future__ import annotations

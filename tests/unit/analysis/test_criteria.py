@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +22,6 @@ from onnx_decompose.analysis.criteria import (
 from onnx_decompose.analysis.evidence import Evidence
 from onnx_decompose.analysis.null import Normal, Null, TruncatedNormal, Uniform, Zero
 from onnx_decompose.errors import OptionError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FloatArray = NDArray[np.floating[Any]]
 BoolArray = NDArray[np.bool_]
@@ -251,34 +250,18 @@ def test_degenerate_weights(
         assert not selection.mask.any()
 
 
-PLUG_IN = """
-import dataclasses
-import numpy as np
-from onnx_decompose.analysis.criteria import Selection
-
-
-@dataclasses.dataclass(frozen=True)
-class Largest:
-    alpha: float
-
-    @property
-    def name(self):
-        return f"largest({self.alpha:g})"
-
-    def select(self, evidence, *, rng):
-        magnitudes = np.abs(evidence.weight)
-        mask = magnitudes > np.quantile(magnitudes, 1 - self.alpha)
-        return Selection(mask, self.name, None, 1 - mask.mean(), (0.0, 1.0))
-
-    def looser(self):
-        return Largest(2 * self.alpha) if self.alpha <= 0.25 else None
-"""
+def documented_plug_in() -> str:
+    """The example of docs/architecture.md, as a module."""
+    text = Path("docs/architecture.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(@dataclasses.*?class Largest.*?)```", text, re.DOTALL)
+    imports = "import dataclasses\nfrom onnx_decompose.analysis.criteria import Selection\n"
+    return imports + example
 
 
 def test_an_installed_package_adds_a_criterion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "largest_criterion.py").write_text(PLUG_IN, "utf-8")
+    (tmp_path / "largest_criterion.py").write_text(documented_plug_in(), "utf-8")
     metadata = tmp_path / "largest_criterion-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: x\nVersion: 1\n", "utf-8")
@@ -289,7 +272,10 @@ def test_an_installed_package_adds_a_criterion(
     assert "largest" in criterion_names()
     weight = np.arange(100, dtype=np.float32).reshape(10, 10)
     selection = select(("largest", 0.1), weight, Normal(1.0))
-    np.testing.assert_array_equal(selection.mask, weight >= 90)
+    np.testing.assert_array_equal(selection.mask, weight > 9.9)
     assert select(("largest:0.5", 0.1), weight, Normal(1.0)).mask.sum() == 50
+    looser = make_criterion("largest", 0.1).looser()
+    assert looser is not None
+    assert looser.name == "largest(0.025)"
     with pytest.raises(OptionError, match="largest"):
         make_criterion("unheard_of", 0.1)
