@@ -371,7 +371,7 @@ def power_of_channels(effect: float, rng: np.random.Generator) -> list[float]:
     edges = rng.random((POWER_SIZE, POWER_SIZE)) < PLANTED
     gates[np.tile(edges, 4)] += effect
     masks = [supported(gates, "normal:1", criterion, rng) for criterion in ("channel:4", "fdr")]
-    return [float(stacked_channels(m, 4).any(axis=0)[edges].mean()) for m in masks]
+    return [float(np.asarray(stacked_channels(m, 4).any(axis=0))[edges].mean()) for m in masks]
 
 
 POWER: dict[

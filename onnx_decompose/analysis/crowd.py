@@ -88,7 +88,9 @@ def _log_scales(lines: FloatArray, null: Null) -> FloatArray:
         squares[start : start + step] = np.einsum("ij,ij->i", block, block)
     # E[W^2] shrinks by s^2, whatever the location.
     own = (null.std**2 + null.location**2) * max(entries, 1)
-    return np.log(squares / own, out=np.full(count, np.inf), where=squares > 0) / 2
+    logs = np.full(count, np.inf)
+    np.log(squares / own, out=logs, where=squares > 0)
+    return logs / 2
 
 
 def _tightest(logs: FloatArray, entries: int) -> _Crowd | None:

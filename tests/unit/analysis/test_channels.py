@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
 from onnx_decompose.analysis.channels import (
@@ -14,6 +17,8 @@ from onnx_decompose.analysis.evidence import Evidence, gather_evidence
 from onnx_decompose.analysis.null import Normal, Null, Uniform, Zero
 from onnx_decompose.analysis.record import Prior
 from onnx_decompose.errors import OptionError
+
+FloatArray = NDArray[np.floating[Any]]
 
 
 def test_blocks_of_outputs_become_channels() -> None:
@@ -35,7 +40,7 @@ def test_weak_gates_add_up_to_an_edge(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(together, np.tile(together[:, :50], 4))
     assert together[:, :50][edges].mean() > 0.9
     assert (together[:, :50] & ~edges).sum() <= 0.1 * edges.sum()
-    assert stacked_channels(alone, 4).any(axis=0)[edges].mean() < 0.8
+    assert np.asarray(stacked_channels(alone, 4).any(axis=0))[edges].mean() < 0.8
 
 
 @pytest.mark.parametrize("null", [Normal(1.0), Uniform(1.7)], ids=lambda n: n.name)
@@ -50,7 +55,7 @@ def test_false_channel_edges_stay_under_the_level(
             if null == Normal(1.0)
             else rng.uniform(-1.7, 1.7, (16, 48))
         )
-        weight = draw.astype(to)
+        weight: FloatArray = draw.astype(to)
         evidence = Evidence(weight, weight, null, "test")
         errors.append(make_criterion("channel:3", 0.1).select(evidence, rng=rng).mask.any())
     assert np.mean(errors) <= 0.1 + 3 * np.sqrt(0.09 / 200)

@@ -255,7 +255,7 @@ def documented_plug_in() -> str:
     text = Path("docs/architecture.md").read_text("utf-8")
     (example,) = re.findall(r"```python\n(@dataclasses.*?class Largest.*?)```", text, re.DOTALL)
     imports = "import dataclasses\nfrom onnx_decompose.analysis.criteria import Selection\n"
-    return imports + example
+    return f"{imports}{example}"
 
 
 def test_an_installed_package_adds_a_criterion(
