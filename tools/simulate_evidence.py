@@ -50,7 +50,7 @@ WALK = 0.05
 KSIGMA_LEVEL = 0.01
 DTYPES = ("float32", "float16")
 DECAYS = (1.0, 0.6)
-SAVE_EVERY = 20
+SAVE_EVERY = 10
 POWER_SIZE = 256
 
 
@@ -303,19 +303,17 @@ def table(tallies: dict[Cell, Tally], *, full: bool) -> tuple[str, int]:
 def false_edges(options: argparse.Namespace) -> int:
     """Draw and tabulate; returns the number of cells above their level for certain."""
     tallies: dict[Cell, Tally] = collections.defaultdict(Tally)
-    for size in options.sizes:
-        end = time.monotonic() + 60 * options.minutes
-        for draw in range(options.draws):
-            for initialization in INITIALIZATIONS:
-                for cell, error, claims in one_draw(
-                    initialization, size, draw, tuple(options.criteria)
-                ):
-                    tallies[cell].add(error, claims)
-            late = time.monotonic() > end
-            if options.output and (draw % SAVE_EVERY == SAVE_EVERY - 1 or late):
-                options.output.write_text(table(tallies, full=options.full)[0] + "\n", "utf-8")
-            if late:
-                break
+    end = time.monotonic() + 60 * options.minutes
+    for draw in range(options.draws):
+        for size, initialization in itertools.product(options.sizes, INITIALIZATIONS):
+            for cell, error, claims in one_draw(
+                initialization, size, draw, tuple(options.criteria)
+            ):
+                tallies[cell].add(error, claims)
+        if options.output and draw % SAVE_EVERY == SAVE_EVERY - 1:
+            options.output.write_text(table(tallies, full=options.full)[0] + "\n", "utf-8")
+        if time.monotonic() > end:
+            break
     text, rejected = table(tallies, full=options.full)
     if options.output:
         options.output.write_text(text + "\n", "utf-8")
@@ -412,7 +410,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("study", choices=("false-edges", "power"))
     parser.add_argument("--draws", type=int, default=1000)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="limit for each size")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     parser.add_argument("--full", action="store_true", help="one line per cell")

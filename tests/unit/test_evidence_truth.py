@@ -270,7 +270,9 @@ def test_decay_is_the_shadow_over_the_initial_value(rng: np.random.Generator) ->
     touched = np.zeros(initial.shape, dtype=bool)
     touched[20:] = True
     final = np.where(touched, shadow * rng.uniform(2, 4, (60, 1)), shadow).astype(np.float32)
-    layer = Layer(0, initial, final, shadow, touched, abs(final), None, np.zeros(200))
+    layer = Layer(
+        0, initial, final, shadow, touched, abs(final), None, np.zeros(200, np.float32)
+    )
     assert true_factor(layer) == pytest.approx(0.5)
     assert false_edges(layer, 0.05) <= 0.05
     tally = rows_with_stated_factor(layer)
