@@ -3,8 +3,8 @@
 Decay leaves every untouched entry ``s * w0``, so whole untouched rows (inputs) and columns
 (outputs) all have the scale ``s`` times the null's, known to ``1 / sqrt(2 N)`` each, while
 touched lines scatter. A crowd of lines at one scale under 1 is therefore what a common factor
-looks like, if its entries are distributed as the shrunken null and no lines of the null's own
-scale lie beside it. The bulk of single entries is not: training moves entries towards zero too.
+looks like, if its entries are distributed as the shrunken null and no lines that fit the null
+itself lie beside it. The bulk of single entries is not: training moves entries towards zero too.
 So only a crowd shrinks a null; what the bulk looks like is an estimate to be reported.
 """
 
@@ -58,19 +58,25 @@ def common_factor(values: FloatArray, null: Null) -> DecayEstimate:
     """The factor by which decay shrank the untouched entries of ``values``, (K, N).
 
     Returns:
-        An estimate with basis ``lines`` where rows or columns crowd at one scale, the more
-        precise of the two where both do. Otherwise the estimate from the bulk of entries, basis
+        An estimate with basis ``lines`` where rows or columns crowd at one scale, from those that
+        fit best where both do. Otherwise the estimate from the bulk of entries, basis
         ``bulk``: what it would be had training left the bulk alone, which nothing shows.
     """
     step = math.ceil(max(values.size / _MOST_ENTRIES, 1))
-    found = [
-        crowd
-        for lines in (values[:, ::step], values.T[:, ::step])
-        if (crowd := _tightest(_log_scales(lines, null), lines.shape[1])) is not None
-        and _is_shrunken_null(lines, crowd, null)
+    axes = [
+        (lines, _log_scales(lines, null)) for lines in (values[:, ::step], values.T[:, ::step])
     ]
-    if found:
-        crowd = min(found, key=lambda crowd: crowd.error)
+    found = [
+        (_misfit(lines[crowd.members], null.shrunk(math.exp(crowd.centre))), crowd)
+        for lines, logs in axes
+        if (crowd := _tightest(logs, lines.shape[1])) is not None
+    ]
+    found = [(misfit, crowd) for misfit, crowd in found if misfit <= 0]
+    # Lines that fit the null itself are the untouched ones, and nothing decayed: a crowd is of
+    # touched lines then, which training made smaller.
+    if found and not any(_has_undecayed(lines, logs, null) for lines, logs in axes):
+        # Of rows and columns, the purer crowd: touched entries inside it widen it, and show.
+        _, crowd = min(found, key=lambda pair: pair[0])
         factor, spread = math.exp(crowd.centre), math.exp(3 * crowd.error)
         interval = (factor / spread, factor * spread)
         return DecayEstimate(factor, interval, members=crowd.members.size, basis="lines")
@@ -111,28 +117,27 @@ def _tightest(logs: FloatArray, entries: int) -> _Crowd | None:
     near = np.count_nonzero(np.abs(logs - centre) <= 1.5 * _CROWD_WIDTH * error)
     if members.size < max(_least(logs), _CROWD_NEAR * near) or centre >= -3 * of_centre:
         return None
-    # Lines of the null's own scale beside the crowd: they are the untouched ones, and nothing
-    # decayed. The crowd is of touched lines that training made smaller.
-    own = np.abs(np.delete(logs, members)) <= 3 * error
-    if np.count_nonzero(own) >= _least(logs):
-        return None
     return _Crowd(members, centre, of_centre)
+
+
+def _has_undecayed(lines: FloatArray, logs: FloatArray, null: Null) -> bool:
+    """Whether more than a few lines have the null's own scale, and its distribution."""
+    own = np.flatnonzero(np.abs(logs) <= 3 / math.sqrt(2 * max(lines.shape[1], 1)))
+    return own.size >= _least(logs) and _misfit(lines[own], null) <= 0
 
 
 def _least(logs: FloatArray) -> float:
     return max(_CROWD_LEAST, _CROWD_SHARE * logs.size)
 
 
-def _is_shrunken_null(lines: FloatArray, crowd: _Crowd, null: Null) -> bool:
-    """Whether the crowd's entries are distributed as the null shrunk to the crowd's scale.
+def _misfit(lines: FloatArray, null: Null) -> float:
+    """How much farther from ``null`` the entries of ``lines`` are distributed than is allowed.
 
     A mixture of lines that training shrank by different factors has one scale too, seen across
     them, but not the null's distribution.
     """
-    step = math.ceil(crowd.members.size * lines.shape[1] / _COMPARED)
-    chosen = crowd.members[::step]
-    shrunken = null.shrunk(math.exp(crowd.centre))
-    deviation = np.abs(lines[chosen].astype(np.float64) - shrunken.location)
-    uniform = np.sort(-np.expm1(shrunken.logsf(deviation)), axis=None)
+    chosen = lines[:: math.ceil(lines.size / _COMPARED)]
+    deviation = np.abs(chosen.astype(np.float64) - null.location)
+    uniform = np.sort(-np.expm1(null.logsf(deviation)), axis=None)
     distance = float(np.abs(uniform - (np.arange(uniform.size) + 0.5) / uniform.size).max())
-    return distance <= _MISFIT + 1 / math.sqrt(uniform.size)
+    return distance - _MISFIT - 1 / math.sqrt(uniform.size)

@@ -9,8 +9,9 @@ smaller of
 - a Kolmogorov-Smirnov test of the distribution (Stephens' approximation, 1970).
 
 The two look at the same entries, so they are combined by Bonferroni, not by Fisher.
-Benjamini-Hochberg runs over the lines of each axis. A line that is not rejected is unsupported
-as a whole, a rejected one is kept as a whole.
+Benjamini-Hochberg runs over the lines of each axis, at half the level each. A line that is not
+rejected is unsupported as a whole. An axis on which no line at all is rejected is no evidence
+against the lines of the other: its lines hold too few touched entries each to show them.
 
 Decay. Where a crowd of lines shows a common factor (see ``crowd``), the null is shrunk to it, and
 the tests allow for the factor's error.
@@ -60,7 +61,10 @@ class Groups:
         return f"group({self.alpha:g})"
 
     def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:
-        """The mask is the product of the supported rows and the supported columns."""
+        """The mask is the product of the supported rows and the supported columns.
+
+        Where no row (or column) at all is supported, that axis does not count.
+        """
         if evidence.untouched is not None:
             return _proven_lines(self.name, evidence)
         exact = proven(self.name, evidence)
@@ -74,7 +78,7 @@ class Groups:
             line_p_values(values, null, rng=rng, error=error)
             for values in (evidence.values, evidence.values.T)
         ]
-        rows, columns = step_up(p_values[0], self.alpha), step_up(p_values[1], self.alpha)
+        rows, columns = (step_up(p, self.alpha / 2) for p in p_values)
         null_lines = [int(np.count_nonzero(p > LAMBDA)) for p in p_values]
         # Entries are null where their row or their column is: the larger share is a lower
         # bound.
@@ -87,6 +91,10 @@ class Groups:
             f"{columns.size} columns unsupported"
             + (f"; {evidence.note}" if evidence.note else "")
         )
+        if rows.any() and not columns.any():
+            columns = ~columns
+        elif columns.any() and not rows.any():
+            rows = ~rows
         mask = (rows[:, None] & columns) & (evidence.weight != 0)
         return Selection(mask, self.name, None, estimate.value, estimate.interval, note)
 

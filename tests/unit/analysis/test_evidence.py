@@ -166,6 +166,18 @@ def test_a_crowd_of_decayed_lines_shrinks_the_null(spec: str, rng: np.random.Gen
     assert mask.sum() > 1.5 * make_criterion("fdr", 0.05).select(wider, rng=rng).mask.sum()
 
 
+def test_a_crowd_beside_lines_of_the_null_is_no_decay(rng: np.random.Generator) -> None:
+    weight = rng.normal(0, 0.02, (100, 300)).astype(np.float32)
+    weight[20:] *= np.float32(0.7)
+    evidence = gather_evidence(weight, "normal:0.02", Prior(100, 300))
+    assert evidence.null == Normal(0.02)
+    # Touched lines that only have the null's scale do not stand against a crowd.
+    weight[:20] *= np.where(rng.random((20, 300)) < 0.1, 2.5, 0.6).astype(np.float32)
+    evidence = gather_evidence(weight, "normal:0.02", Prior(100, 300))
+    assert evidence.decay is not None
+    assert evidence.decay.interval[0] < 0.7 < evidence.decay.interval[1]
+
+
 def test_a_bulk_that_training_shrank_does_not_shrink_the_null(rng: np.random.Generator) -> None:
     initial = rng.normal(0, 0.02, (200, 300)).astype(np.float32)
     weight = initial * rng.uniform(0.2, 1, (200, 1)).astype(np.float32)

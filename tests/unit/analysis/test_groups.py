@@ -50,3 +50,26 @@ def test_proven_lines_are_kept_as_a_whole(rng: np.random.Generator) -> None:
     evidence = gather_evidence(weight, "optimizer", Prior(3, 3, second_moment=moment))
     mask = make_criterion("group", 0.05).select(evidence, rng=rng).mask
     assert mask.tolist() == [[True, True, False], [True, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_axis_without_any_touched_line_does_not_count(
+    axis: int, rng: np.random.Generator
+) -> None:
+    lines = rng.normal(0, 1, (100, 150))
+    lines[:5] *= 1.6
+    weight = (lines if axis == 0 else lines.T).astype(np.float32)
+    evidence = gather_evidence(weight, "normal:1", Prior(*weight.shape))
+    mask = make_criterion("group", 0.05).select(evidence, rng=rng).mask
+    mask = mask if axis == 0 else mask.T
+    assert mask[:5].all()
+    assert mask[5:].any(axis=1).sum() <= 1
+
+
+def test_false_lines_stay_under_the_level(rng: np.random.Generator) -> None:
+    found = 0
+    for _ in range(300):
+        weight = rng.normal(0, 1, (20, 30)).astype(np.float32)
+        evidence = gather_evidence(weight, "normal:1", Prior(20, 30))
+        found += make_criterion("group", 0.1).select(evidence, rng=rng).mask.any()
+    assert found <= 30 + 3 * np.sqrt(27)
