@@ -295,3 +295,23 @@ def test_displacement_keeps_what_moved_beyond_the_walk(rng: np.random.Generator)
     assert not mask[:30].any()
     assert mask[30:100].mean() < 0.01
     assert make_criterion("fdr", 0.01).select(evidence, rng=rng).mask[30:100].mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "spec", ["normal:1", "torch", "recorded", "empirical", "snapshot", "zero"]
+)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (20, 30)])
+@pytest.mark.parametrize("value", [0.0, 1e-45, -0.5])
+def test_degenerate_weights_have_evidence(
+    spec: str, shape: tuple[int, int], value: float, rng: np.random.Generator
+) -> None:
+    weight = np.full(shape, value, np.float32)
+    initial = rng.normal(0, 1, shape).astype(np.float32)
+    prior = Prior(*shape, record=record(initial, "other"), snapshot=initial)
+    evidence = gather_evidence(weight, spec, prior)
+    assert evidence.values.shape == shape
+    assert np.isfinite(evidence.null.std)
+    for name in ("fdr", "group"):
+        mask = make_criterion(name, 0.05).select(evidence, rng=rng).mask
+        assert mask.shape == shape
+        assert not mask[weight == 0].any()

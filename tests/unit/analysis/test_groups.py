@@ -71,5 +71,5 @@ def test_false_lines_stay_under_the_level(rng: np.random.Generator) -> None:
     for _ in range(300):
         weight = rng.normal(0, 1, (20, 30)).astype(np.float32)
         evidence = gather_evidence(weight, "normal:1", Prior(20, 30))
-        found += make_criterion("group", 0.1).select(evidence, rng=rng).mask.any()
+        found += int(make_criterion("group", 0.1).select(evidence, rng=rng).mask.any())
     assert found <= 30 + 3 * np.sqrt(27)
