@@ -284,7 +284,7 @@ def table(tallies: dict[Cell, Tally], *, full: bool) -> tuple[str, int]:
         where = f"{worst.dtype}, decay {worst.decay}, {worst.planted}"
         lines.append(
             f"| {worst.null} | {worst.criterion} | {worst.size} | {tally.draws} "
-            f"| {nominal_of(worst):.4g} | {len(cells)} | {tally.mean:.4f} | {tally.error:.4f} "
+            f"| {nominal_of(worst):.4g} | {len(cells)} | {tally.mean:.5f} | {tally.error:.5f} "
             f"| {where} | {above or ''} | {claims:.0%} |"
         )
     above = sum(z > 2 for z in scores.values())

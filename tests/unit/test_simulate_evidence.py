@@ -71,7 +71,7 @@ def test_the_table_tells_chance_from_a_broken_level() -> None:
     text, rejected = table(tallies, full=True)
     assert rejected == 1
     assert "1 of 2 cells above nominal" in text
-    assert "| 0.0500 | 0.0069 |" in text
+    assert "| 0.05000 | 0.00690 |" in text
 
 
 def test_power_grows_with_the_effect(rng: np.random.Generator) -> None:
