@@ -235,9 +235,10 @@ def report_null(path: Path, null: str) -> None:
             )
             for w in (weight, weight.T)
         ]
-        factor = 1.0 if evidence.decay is None else evidence.decay.factor
+        decay = evidence.decay
+        factor = "none" if decay is None else f"{decay.factor:.3f} ({decay.basis})"
         print(
-            f"| {site.name} | {site.shape[0]} x {site.shape[1]} | {factor:.3f} "
+            f"| {site.name} | {site.shape[0]} x {site.shape[1]} | {factor} "
             f"| {chosen['fdr'].pi0:.3f} | {low:.3f} to {high:.3f} "
             f"| {chosen['fdr'].mask.mean():.4f} | {chosen['fwer'].mask.mean():.4f} "
             f"| {lines[0]} of {site.shape[0]} | {lines[1]} of {site.shape[1]} |",

@@ -1,10 +1,11 @@
 """Criteria (the paper's property P): which entries of a weight are supported.
 
-    fdr      Benjamini-Hochberg: the expected share of false edges among the supported entries
-    is at most alpha fwer     Holm: the probability of any false edge is at most alpha
+    fdr      Benjamini-Hochberg: of the supported entries, at most alpha are expected to be false
+    fwer     Holm: the probability of any false edge is at most alpha
     ksigma   at least k standard deviations from the null's location, no multiplicity control
     displacement  moved from the initial value by more than the bulk of the moved entries
     group    whole rows and columns, Benjamini-Hochberg over them (see groups)
+    channel  dependencies over the blocks of a stacked weight (see channels)
     shared   removes nothing: rows or columns that equal each other become one (see shared)
     magnitude     the share alpha of smallest entries goes: a baseline to compare against
 
@@ -20,7 +21,7 @@ Cases decided once, for every criterion:
 - A bounded null's edge, exactly reached, is judged by its rounding cell (see ``scan``).
 
 A third party adds a criterion as an entry point in the group ``onnx_decompose.criteria``: a
-callable that takes alpha and returns a :class:`Criterion`.
+callable that takes alpha and returns a :class:`Criterion`. ``docs/architecture.md`` shows one.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ import numpy as np
 from scipy import special
 
 from onnx_decompose.analysis import scan
-from onnx_decompose.analysis.decay import bulk_decay, sorted_magnitudes
+from onnx_decompose.analysis.channels import ChannelEdges
+from onnx_decompose.analysis.decay import sorted_magnitudes
+from onnx_decompose.analysis.empirical import bulk_null
 from onnx_decompose.analysis.groups import Groups
-from onnx_decompose.analysis.null import Normal, Zero
+from onnx_decompose.analysis.null import Zero
 from onnx_decompose.analysis.pi0 import storey_pi0
 from onnx_decompose.analysis.selection import (
     Criterion,
@@ -73,7 +76,6 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "onnx_decompose.criteria"
 _LOOSEST_SIGMAS = 0.25
-_FEWEST_MOVED = 64
 _SMALLEST_SHARE = 1e-3
 
 
@@ -158,8 +160,9 @@ class DisplacementTest:
     """Movement beyond what the bulk of moved entries shows, Benjamini-Hochberg at ``alpha``.
 
     Untouched entries are unsupported. Among the others, a displacement without a consistent
-    gradient is a random walk, nearly normal; its scale is that of the central bulk. Without
-    initial weights only exact zeros are unsupported.
+    gradient is a random walk, nearly normal; its scale is that of the central bulk, where large
+    displacements are set apart from one (see ``empirical``). Where they are not, all that moved
+    stays. Without initial weights only exact zeros are unsupported.
     """
 
     alpha: float
@@ -178,13 +181,12 @@ class DisplacementTest:
             note = "displacement needs the initial weights: only exact zeros are unsupported"
             return Selection(evidence.weight != 0, self.name, None, share, (share, share), note)
         moved = sorted_magnitudes(evidence.values[~evidence.untouched])
-        if moved.size < _FEWEST_MOVED:
-            return dataclasses.replace(certain, criterion=self.name)
-        widest = Normal(float(moved[-1]))
-        walk = Normal(widest.scale * bulk_decay(moved, widest).factor)
-        test = dataclasses.replace(evidence, null=walk, untouched=None)
+        walk = bulk_null(moved)
+        note = f"{evidence.note}; displacements: {walk.note}"
+        if walk.null is None:
+            return dataclasses.replace(certain, criterion=self.name, note=note)
+        test = dataclasses.replace(evidence, null=walk.null, untouched=None)
         selection = _stepwise(self.name, test, StepUp(self.alpha))
-        note = f"{evidence.note}; bulk displacement {walk.scale:.3g}"
         return dataclasses.replace(selection, mask=selection.mask & certain.mask, note=note)
 
     def looser(self) -> DisplacementTest | None:
@@ -228,7 +230,9 @@ class Magnitude:
 
 
 def make_criterion(name: str, alpha: float) -> Criterion:
-    """The criterion ``name``, at ``alpha`` or at its own level (``ksigma:3``, ``fdr:0.1``).
+    """The criterion ``name``, at ``alpha`` or at its own level: ``ksigma:3``, ``fdr:0.1``.
+
+    ``channel:4`` names the number of channels; its level is ``alpha``.
 
     Raises:
         OptionError: an unknown name, or a level that is out of range.
@@ -239,16 +243,20 @@ def make_criterion(name: str, alpha: float) -> Criterion:
         raise OptionError(
             f"criterion {name!r} is unknown; use one of {', '.join(criterion_names())}"
         )
-    if not argument:
+    if not argument and base != "channel":
         return factory(_level(name, alpha))
     try:
-        value = float(argument)
+        value = float(argument or "nan")
     except ValueError as error:
         raise OptionError(f"criterion {name!r}: {argument!r} is not a number") from error
     if base == "ksigma":
         if not (math.isfinite(value) and value > 0):
             raise OptionError(f"criterion {name!r}: the number of deviations must be positive")
         return KSigma(value)
+    if base == "channel":
+        if not (value.is_integer() and value >= 1):
+            raise OptionError(f"criterion {name!r}: give a number of channels, as in channel:4")
+        return ChannelEdges(_level(name, alpha), int(value))
     return factory(_level(name, value))
 
 
@@ -288,6 +296,7 @@ _REGISTRY: dict[str, Callable[[float], Criterion]] = {
     "ksigma": _ksigma,
     "displacement": DisplacementTest,
     "group": Groups,
+    "channel": lambda alpha: ChannelEdges(alpha, 1),
     "shared": lambda _: Shared(),
     "magnitude": Magnitude,
 }

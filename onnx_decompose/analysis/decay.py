@@ -43,7 +43,7 @@ _FEWEST = 64
 _TRIM = 0.002
 _REACH = 1.1
 _Z = 3.0
-"""Standard errors of the reported interval; its upper end is what a null is shrunk by."""
+"""Standard errors of the reported interval."""
 _DOUBLINGS = 14
 _WIDEST = 2.0**-6
 _STRAGGLERS = 0.01
@@ -65,13 +65,22 @@ class DecayEstimate:
         factor: estimate of s; 1 means no decay.
         interval: where s lies, three standard errors to each side.
         tolerance: relative deviation within which an entry equals ``s * w0`` (snapshots only).
-        members: sampled entries that the estimate rests on.
+        members: sampled entries, or lines, that the estimate rests on.
+        basis: ``snapshot``; ``lines``, a crowd of rows or columns of one scale; ``stated``, by
+            the user; ``bulk``, the bulk of entries, which training may have moved: such an
+            estimate is reported, and no null is shrunk by it.
     """
 
     factor: float
     interval: tuple[float, float]
     tolerance: float = 0.0
     members: int = 0
+    basis: str = "snapshot"
+
+    @property
+    def used(self) -> bool:
+        """Whether the null, or the displacement, is corrected by it."""
+        return self.basis != "bulk"
 
 
 NO_DECAY = DecayEstimate(1.0, (1.0, 1.0))
@@ -92,9 +101,11 @@ class Displacement:
     decay: DecayEstimate | None
 
 
-def sorted_magnitudes(values: FloatArray, location: float = 0.0) -> FloatArray:
+def sorted_magnitudes(
+    values: FloatArray, location: float = 0.0, *, most: int = _SAMPLE
+) -> FloatArray:
     """Ascending nonzero ``|values - location|`` of an even sample, in float64."""
-    sample = scan.spread_sample(scan.flat_view(values), _SAMPLE)
+    sample = scan.spread_sample(scan.flat_view(values), most)
     sample = sample[sample != 0].astype(np.float64)
     return np.sort(np.abs(sample - location))
 
@@ -174,11 +185,15 @@ def _keep_the_ridge(untouched: BoolArray, weight: FloatArray, snapshot: FloatArr
     initial = snapshot[rows, columns].astype(np.float64)
     ratios = weight[rows, columns].astype(np.float64) / initial
     order = np.argsort(np.frexp(np.abs(initial))[0], kind="stable")
-    for part in np.array_split(order, bins):
-        low, middle, high = np.quantile(ratios[part], (0.1, 0.5, 0.9))
-        allowed = _RIDGE_WIDTHS * (high - low) + _RIDGE_ROUNDINGS * abs(middle)
-        off = part[np.abs(ratios[part] - middle) > allowed]
-        untouched[rows[off], columns[off]] = False
+    # As many in each part, so that one sort serves all; the last part overlaps the one before.
+    size = rows.size // bins
+    starts = np.append(np.arange(bins) * size, rows.size - size)
+    parts = order[starts[:, None] + np.arange(size)]
+    by_part = np.sort(ratios[parts], axis=1)
+    low, middle, high = (by_part[:, [round(q * (size - 1))]] for q in (0.1, 0.5, 0.9))
+    allowed = _RIDGE_WIDTHS * (high - low) + _RIDGE_ROUNDINGS * np.abs(middle)
+    off = parts[np.abs(ratios[parts] - middle) > allowed]
+    untouched[rows[off], columns[off]] = False
 
 
 def _ratio_cluster(
@@ -204,8 +219,12 @@ def _ratio_cluster(
         ]
     found = max(filter(None, clusters), key=lambda c: c.members, default=None)
     # Chance makes two float32 numbers equal too rarely to be mistaken for being untouched.
-    least = 1 if coarser.bits >= _FINE_BITS else window
-    if equal >= least and (found is None or 2 * equal >= found.members):
+    fine = coarser.bits >= _FINE_BITS
+    least = 1 if fine else window
+    # Decay moves the factor by more than its roundings add up to, or rounding undoes it: a crowd
+    # about 1 wider than that is of entries that moved a little, beside equal ones that did not.
+    about_one = found is not None and fine and abs(found.factor - 1) <= found.tolerance
+    if equal >= least and (found is None or about_one or 2 * equal >= found.members):
         return DecayEstimate(1.0, (1.0, 1.0), 0.0, equal)
     if (
         found is not None

@@ -9,16 +9,26 @@ function, and says so in ``note``.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.analysis.crowd import common_factor
 from onnx_decompose.analysis.decay import (
     DecayEstimate,
     displacement_from,
+    sorted_magnitudes,
 )
-from onnx_decompose.analysis.empirical import empirical_null
-from onnx_decompose.analysis.null import Normal, Null, Uniform, Zero, parse_null
+from onnx_decompose.analysis.empirical import bulk_null
+from onnx_decompose.analysis.null import (
+    Normal,
+    Null,
+    Uniform,
+    Zero,
+    parse_null,
+    stated_decay,
+)
 from onnx_decompose.analysis.sketch import Sketch
 
 if TYPE_CHECKING:
@@ -45,8 +55,11 @@ class Evidence:
         null: distribution of ``values`` for an untouched entry.
         source: where the null comes from: ``snapshot``, ``optimizer``, ``recorded``, ``zero``,
             or a declared family.
-        decay: the common factor by which weight decay shrank every untouched entry; None where
-            none was looked for or found.
+        decay: the common factor by which weight decay shrank every untouched entry, and whether
+            ``null`` is shrunk by it (to its interval's upper end); None where none was looked
+            for or found.
+        error: relative error of the null's scale where that was estimated, three standard
+            errors; ``null`` is wider than the estimate by as much.
         untouched: (K, N) True where the source proves that no gradient ever arrived; None where
             it cannot.
         note: what a reader of the report should know, such as why a source was not used.
@@ -57,6 +70,7 @@ class Evidence:
     null: Null
     source: str
     decay: DecayEstimate | None = None
+    error: float = 0.0
     untouched: BoolArray | None = None
     note: str = ""
 
@@ -73,14 +87,16 @@ def gather_evidence(weight: FloatArray, spec: str, prior: Prior) -> Evidence:
     Raises:
         OptionError: ``spec`` is not understood.
     """
-    source = spec.partition(":")[0].strip()
+    source = re.split(r"[:(]", spec, maxsplit=1)[0].strip()
     if source == "auto":
         source = _strongest(prior)
+    if source == "recorded":
+        return _from_record(weight, prior, None if spec == "auto" else stated_decay(spec))
     gather = _SOURCES.get(source)
     if gather is not None:
         return gather(weight, prior)
     null = parse_null(spec, fan_in=prior.fan_in, fan_out=prior.fan_out)
-    return _against(weight, null, spec)
+    return _against(weight, null, spec, stated_decay(spec))
 
 
 def _strongest(prior: Prior) -> str:
@@ -105,7 +121,13 @@ def _from_snapshot(weight: FloatArray, prior: Prior) -> Evidence:
             f"decay factor {moved.decay.factor:.6g} ({low:.6g} to {high:.6g})"
         )
     return Evidence(
-        weight, moved.values, Zero(), "snapshot", moved.decay, moved.untouched, note
+        weight,
+        moved.values,
+        Zero(),
+        "snapshot",
+        moved.decay,
+        untouched=moved.untouched,
+        note=note,
     )
 
 
@@ -118,14 +140,14 @@ def _from_optimizer(weight: FloatArray, prior: Prior) -> Evidence:
     return Evidence(weight, prior.second_moment, Zero(), "optimizer", untouched=untouched)
 
 
-def _from_record(weight: FloatArray, prior: Prior) -> Evidence:
+def _from_record(weight: FloatArray, prior: Prior, stated: float | None) -> Evidence:
     record = prior.record
     if record is None:
         return _exact_zeros(weight, "no init record for this weight")
     null = _recorded_null(record)
     if null is None:
         return _exact_zeros(weight, f"a recorded {record.family} without spread")
-    return _against(weight, null, "recorded")
+    return _against(weight, null, "recorded", stated)
 
 
 def _recorded_null(record: InitRecord) -> Null | None:
@@ -143,9 +165,10 @@ def _recorded_null(record: InitRecord) -> Null | None:
 
 def _from_bulk(weight: FloatArray, prior: Prior) -> Evidence:
     del prior
-    null, note = empirical_null(weight)
-    source = "zero" if isinstance(null, Zero) else "empirical"
-    return Evidence(weight, weight, null, source, note=note)
+    bulk = bulk_null(sorted_magnitudes(weight))
+    if bulk.null is None:
+        return _exact_zeros(weight, bulk.note)
+    return Evidence(weight, weight, bulk.null, "empirical", error=bulk.error, note=bulk.note)
 
 
 def _from_zeros(weight: FloatArray, prior: Prior) -> Evidence:
@@ -153,16 +176,30 @@ def _from_zeros(weight: FloatArray, prior: Prior) -> Evidence:
     return Evidence(weight, weight, Zero(), "zero")
 
 
-def _against(weight: FloatArray, null: Null, source: str) -> Evidence:
-    """Test against ``null`` as it was at initialization, before any decay.
+def _against(
+    weight: FloatArray, initial: Null, source: str, stated: float | None = None
+) -> Evidence:
+    """Test against what ``initial`` is now: shrunk by decay as far as that is shown or stated.
 
-    Untouched entries have shrunk since, so this null is too wide: fewer entries are supported, and
-    the false discovery rate stays under its level. A null shrunk to the bulk of the weight would
-    have more power, but training moves touched entries towards zero too, and on real trainings
-    without any decay the bulk looked shrunk to 0.02 to 0.5 of its initialization: the guarantee is
-    worth more. How much decay there really was takes a snapshot.
+    A null that is too wide supports fewer entries and keeps the false discovery rate under its
+    level; one that is too narrow breaks it. So the null is shrunk to the upper end of the
+    factor's interval, and only where whole lines show a common factor or the user states it. The
+    bulk of entries proves none: in real trainings without any decay it looked shrunk too.
     """
-    return Evidence(weight, weight, null, source)
+    if stated is not None:
+        decay = DecayEstimate(stated, (stated, stated), basis="stated")
+    else:
+        decay = common_factor(weight, initial)
+    low, high = decay.interval
+    note = f"decay factor {decay.factor:.3g} ({low:.3g} to {high:.3g})"
+    if decay.basis == "lines":
+        note += f" from {decay.members} lines of one scale"
+    elif decay.basis == "bulk":
+        note = "" if decay.factor == 1 else f"the bulk looks shrunk, {note}: not used"
+    if not decay.used:
+        return Evidence(weight, weight, initial, source, decay, note=note)
+    error = high / decay.factor - 1
+    return Evidence(weight, weight, initial.shrunk(high), source, decay, error, note=note)
 
 
 def _exact_zeros(weight: FloatArray, why: str) -> Evidence:
@@ -173,7 +210,6 @@ def _exact_zeros(weight: FloatArray, why: str) -> Evidence:
 _SOURCES: dict[str, Callable[[FloatArray, Prior], Evidence]] = {
     "snapshot": _from_snapshot,
     "optimizer": _from_optimizer,
-    "recorded": _from_record,
     "empirical": _from_bulk,
     "zero": _from_zeros,
 }

@@ -1,4 +1,4 @@
-"""Group evidence: whole rows (inputs), whole columns (outputs), channel edges.
+"""Group evidence: whole rows (inputs) and whole columns (outputs).
 
 One entry says little, a line of N entries much: the scale of a row is known to ``1 / sqrt(2
 N)``. Entries are turned into normal scores under the null; a line's p-value is then twice the
@@ -9,12 +9,12 @@ smaller of
 - a Kolmogorov-Smirnov test of the distribution (Stephens' approximation, 1970).
 
 The two look at the same entries, so they are combined by Bonferroni, not by Fisher.
-Benjamini-Hochberg runs over the lines of each axis. A line that is not rejected is unsupported
-as a whole, a rejected one is kept as a whole.
+Benjamini-Hochberg runs over the lines of each axis, at half the level each. A line that is not
+rejected is unsupported as a whole. An axis on which no line at all is rejected is no evidence
+against the lines of the other: its lines hold too few touched entries each to show them.
 
-Decay. Untouched lines all have the same scale, ``s`` times the null's, while touched ones
-scatter; the factor is taken from the tightest crowd of line scales at or under 1, where there
-is one.
+Decay. Where a crowd of lines shows a common factor (see ``crowd``), the null is shrunk to it, and
+the tests allow for the factor's error.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from onnx_decompose.analysis.selection import Selection, looser_level, proven
 from onnx_decompose.analysis.sketch import Sketch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.evidence import Evidence
@@ -42,14 +40,10 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.floating[Any]]
     BoolArray = NDArray[np.bool_]
 
-__all__ = ["Groups", "channel_edge_log_p", "line_factor", "line_p_values", "step_up"]
+__all__ = ["Groups", "line_p_values", "step_up"]
 
 _LOG_2 = math.log(2.0)
 _ENTRIES_AT_A_TIME = 1 << 20
-_CROWD_WIDTH = 6.0
-"""Width, in standard errors of a line's scale, of the window that untouched lines fit in."""
-_CROWD_SHARE = 0.02
-_CROWD_LEAST = 4
 _DENSITY_TIMES_DEVIATION = 0.29
 """Largest shift of a distribution function per relative change of its scale: max |x| f(x),
 0.242 for a normal, 0.289 for a uniform with its own standard deviation as the unit."""
@@ -67,21 +61,24 @@ class Groups:
         return f"group({self.alpha:g})"
 
     def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:
-        """The mask is the product of the supported rows and the supported columns."""
+        """The mask is the product of the supported rows and the supported columns.
+
+        Where no row (or column) at all is supported, that axis does not count.
+        """
         if evidence.untouched is not None:
             return _proven_lines(self.name, evidence)
         exact = proven(self.name, evidence)
         if exact is not None:
             return exact
-        factors, p_values = [], []
-        for values in (evidence.values, evidence.values.T):
-            # An empirical null is what the weight looks like now: decay is in it already.
-            now = evidence.source == "empirical"
-            factor, error = (1.0, 0.0) if now else line_factor(values, evidence.null)
-            factors.append(factor)
-            null = evidence.null.shrunk(factor)
-            p_values.append(line_p_values(values, null, rng=rng, error=error))
-        rows, columns = step_up(p_values[0], self.alpha), step_up(p_values[1], self.alpha)
+        # Single entries are tested against the upper end of an estimated scale, which is the
+        # safe side for them; a line can be too small as well as too large.
+        error = evidence.error
+        null = evidence.null.shrunk(1 / (1 + error))
+        p_values = [
+            line_p_values(values, null, rng=rng, error=error)
+            for values in (evidence.values, evidence.values.T)
+        ]
+        rows, columns = (step_up(p, self.alpha / 2) for p in p_values)
         null_lines = [int(np.count_nonzero(p > LAMBDA)) for p in p_values]
         # Entries are null where their row or their column is: the larger share is a lower
         # bound.
@@ -91,8 +88,13 @@ class Groups:
         )
         note = (
             f"{np.count_nonzero(~rows)} of {rows.size} rows and {np.count_nonzero(~columns)} of "
-            f"{columns.size} columns unsupported; line factors {factors[0]:.3g}, {factors[1]:.3g}"
+            f"{columns.size} columns unsupported"
+            + (f"; {evidence.note}" if evidence.note else "")
         )
+        if rows.any() and not columns.any():
+            columns = ~columns
+        elif columns.any() and not rows.any():
+            rows = ~rows
         mask = (rows[:, None] & columns) & (evidence.weight != 0)
         return Selection(mask, self.name, None, estimate.value, estimate.interval, note)
 
@@ -133,89 +135,12 @@ def line_p_values(
     return result
 
 
-def line_factor(values: FloatArray, null: Null) -> tuple[float, float]:
-    """The factor s <= 1 that the scales of untouched rows of ``values``, (K, N), share.
-
-    Returns:
-        s and three relative standard errors of it; (1, 0) where no crowd of rows stands out, or
-        some rows beside the crowd have the null's own scale.
-    """
-    lines, entries = values.shape
-    squares = np.zeros(lines)
-    step = max(1, _ENTRIES_AT_A_TIME // max(entries, 1))
-    for start in range(0, lines, step):
-        block = values[start : start + step].astype(np.float64) - null.location
-        squares[start : start + step] = np.einsum("ij,ij->i", block, block)
-    scales = np.sort(np.sqrt(squares[squares > 0] / entries) / null.std)
-    error = 1 / math.sqrt(2 * entries)
-    logs = np.log(scales[scales <= math.exp(3 * error)])
-    ends = np.searchsorted(logs, logs + _CROWD_WIDTH * error, side="right")
-    counts = ends - np.arange(logs.size)
-    if not counts.size:
-        return 1.0, 0.0
-    first = int(np.argmax(counts))
-    crowd = logs[first : ends[first]]
-    centre = float(np.median(crowd))
-    centre_error = 1.25 * error / math.sqrt(crowd.size)  # of the median of normal draws
-    least = max(_CROWD_LEAST, _CROWD_SHARE * lines)
-    near = np.count_nonzero(np.abs(np.log(scales) - centre) <= 1.5 * _CROWD_WIDTH * error)
-    if crowd.size < max(least, 0.6 * near) or abs(centre) <= 3 * centre_error:
-        return 1.0, 0.0
-    # Lines of the null's own scale beside the crowd: they are the untouched ones, and nothing
-    # decayed. The crowd is of touched lines that training made smaller.
-    others = np.concatenate([logs[:first], logs[ends[first] :]])
-    if np.count_nonzero(np.abs(others) <= 3 * error) >= least:
-        return 1.0, 0.0
-    return min(1.0, math.exp(centre)), 3 * centre_error
-
-
 def step_up(p_values: FloatArray, alpha: float) -> BoolArray:
     """Benjamini-Hochberg over few p-values, (n,): True where rejected, that is supported."""
     order = np.sort(p_values)
     passing = np.flatnonzero(order <= alpha * np.arange(1, order.size + 1) / max(order.size, 1))
     rejected: BoolArray = p_values <= (order[passing[-1]] if passing.size else -1.0)
     return rejected
-
-
-def channel_edge_log_p(values: FloatArray, nulls: Sequence[Null]) -> FloatArray:
-    """(K, N) log p-value of each dependency from its parameters over the channels.
-
-    The edge (i, j) of a d -> c*d -> d block, or of a recurrent op's gates, is the sequence
-    ``values[:, i, j]``: chi-square with one degree of freedom per channel where every null is
-    normal, Fisher's combination (1925) of the entries' p-values otherwise.
-
-    Args:
-        values: (channels, K, N).
-        nulls: one per channel.
-    """
-    total = np.zeros(values.shape[1:])
-    if all(isinstance(null, Normal) for null in nulls):
-        for channel, null in zip(values, nulls, strict=True):
-            total += ((channel.astype(np.float64) - null.location) / null.scale) ** 2
-        return log_chi_square_sf(total, len(nulls))
-    for channel, null in zip(values, nulls, strict=True):
-        deviation = np.abs(channel.astype(np.float64) - null.location)
-        inner = np.maximum(deviation - scan.resolution_of(channel).half_cell(channel), 0.0)
-        total -= 2 * null.logsf(inner)
-    return log_chi_square_sf(total, 2 * len(nulls))
-
-
-def log_chi_square_sf(statistic: FloatArray, degrees: int) -> FloatArray:
-    """Log survival function of chi-square, where the plain one underflows too."""
-    a, x = degrees / 2, np.asarray(statistic, dtype=np.float64) / 2
-    survival = special.gammaincc(a, x)
-    # Upper incomplete gamma by its asymptotic series (DLMF 8.11.2), which ends or converges
-    # fast for x far above a, the only place it is used.
-    series, term = np.ones_like(x), np.ones_like(x)
-    far = np.maximum(x, 100.0)
-    for k in range(1, 20):
-        term = term * (a - k) / far
-        series += term
-    with np.errstate(divide="ignore", invalid="ignore"):
-        tail = (a - 1) * np.log(far) - x - special.gammaln(a) + np.log(series)
-        plain = np.log(survival)
-    log_p: FloatArray = np.where(survival > 1e-250, plain, tail)
-    return log_p
 
 
 def _normal_scores(
@@ -226,19 +151,20 @@ def _normal_scores(
     error: float,
 ) -> FloatArray:
     """Standard normal for untouched entries; infinite past a bounded null's edge."""
-    deviation = values.astype(np.float64) - null.location
-    half = grid.half_cell(values)
+    deviation = values.astype(np.float64)
     if grid.bits < 24:
-        deviation += rng.uniform(-1.0, 1.0, deviation.shape) * half
+        deviation += rng.uniform(-1.0, 1.0, deviation.shape) * grid.half_cell(values)
+    deviation -= null.location
     if isinstance(null, Normal):
         return deviation / null.scale
     log_p = null.logsf(np.abs(deviation))
     # Past a bounded null's edge, but within rounding and the error of the scale: at the edge.
     outside = np.isneginf(log_p)
     if outside.any():
-        nearest = (np.abs(deviation) - 2 * half) / (1 + error)
-        at_edge = outside & np.isfinite(null.logsf(np.maximum(nearest, 0.0)))
-        log_p[at_edge] = -math.log(2 * deviation.shape[1])
+        rounding = 2 * grid.half_cell(values[outside])
+        nearest = (np.abs(deviation[outside]) - rounding) / (1 + error)
+        at_edge = np.isfinite(null.logsf(np.maximum(nearest, 0.0)))
+        log_p[outside] = np.where(at_edge, -math.log(2 * deviation.shape[1]), -np.inf)
     scores: FloatArray = np.copysign(-special.ndtri_exp(log_p - _LOG_2), deviation)
     return scores
 
@@ -246,7 +172,7 @@ def _normal_scores(
 def _kolmogorov_smirnov(scores: FloatArray, slack: float) -> FloatArray:
     """(K,) p-value of each row of ``scores`` against the standard normal, known to ``slack``."""
     n = scores.shape[1]
-    uniform = special.ndtr(np.sort(scores, axis=1))
+    uniform = special.ndtr(np.sort(scores.astype(np.float32), axis=1))
     steps = np.arange(n + 1) / n
     distance = np.maximum((steps[1:] - uniform).max(axis=1), (uniform - steps[:-1]).max(axis=1))
     distance = np.maximum(distance - slack, 0.0)

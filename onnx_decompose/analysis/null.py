@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.floating[Any]]
 
-__all__ = ["GRAMMAR", "Normal", "Null", "TruncatedNormal", "Uniform", "Zero", "parse_null"]
+__all__ = [
+    "GRAMMAR",
+    "Normal",
+    "Null",
+    "TruncatedNormal",
+    "Uniform",
+    "Zero",
+    "parse_null",
+    "stated_decay",
+]
 
 _LOG_2 = math.log(2.0)
 _KERAS_CUT = 2.0
@@ -38,7 +47,8 @@ _KERAS_CUT = 2.0
 GRAMMAR = (
     "normal:S, uniform:A, trunc_normal:S (optional location first: normal(0,0.02)), "
     "kaiming_uniform[:a=SLOPE], kaiming_normal[:a=SLOPE], "
-    "xavier_uniform[:gain=G], xavier_normal[:gain=G], torch, keras, bert or zero"
+    "xavier_uniform[:gain=G], xavier_normal[:gain=G], torch, keras, bert or zero; "
+    "decay=S beside the arguments where the common factor of weight decay is known"
 )
 """What :func:`parse_null` accepts, in words."""
 
@@ -250,6 +260,8 @@ class TruncatedNormal:
 def parse_null(spec: str, *, fan_in: int, fan_out: int) -> Null:
     """Read a declared null such as ``normal:0.02``, ``kaiming_uniform(a=sqrt5)`` or ``torch``.
 
+    The null is that of the initialization; :func:`stated_decay` reads ``decay=S``.
+
     Args:
         spec: family and arguments, after a colon or in parentheses; a number may be written
             ``sqrt5``.
@@ -259,13 +271,34 @@ def parse_null(spec: str, *, fan_in: int, fan_out: int) -> Null:
     Raises:
         OptionError: ``spec`` is not in the :data:`GRAMMAR`.
     """
+    family, arguments = _read(spec)
+    if family not in _FAMILIES:
+        raise OptionError(f"null {spec!r} is unknown; use {GRAMMAR}")
+    build = _FAMILIES[family][2]
+    return build({"fan_in": float(fan_in), "fan_out": float(fan_out), **arguments})
+
+
+def stated_decay(spec: str) -> float | None:
+    """The common factor that the user states, as in ``torch:decay=0.8``; None if there is none.
+
+    Raises:
+        OptionError: ``spec`` is not in the :data:`GRAMMAR`, or the factor is not in (0, 1].
+    """
+    factor = _read(spec)[1].get("decay")
+    if factor is not None and not 0 < factor <= 1:
+        raise OptionError(f"null {spec!r}: decay {factor!r} must lie between 0 and 1")
+    return factor
+
+
+def _read(spec: str) -> tuple[str, dict[str, float]]:
+    """Family and arguments by name."""
     match = re.fullmatch(r"\s*([a-z_]+)\s*(?::\s*(.*?)|\(\s*(.*?)\s*\))?\s*", spec)
     family = match.group(1) if match else ""
-    if match is None or family not in _FAMILIES:
+    if match is None or family not in {*_FAMILIES, "recorded"}:
         raise OptionError(f"null {spec!r} is unknown; use {GRAMMAR}")
-    names, required, build = _FAMILIES[family]
-    arguments = _arguments(spec, match.group(2) or match.group(3) or "", names, required)
-    return build({"fan_in": float(fan_in), "fan_out": float(fan_out), **arguments})
+    names, required, _ = _FAMILIES.get(family, ((), 0, None))
+    text = match.group(2) or match.group(3) or ""
+    return family, _arguments(spec, text, names, required)
 
 
 def _arguments(spec: str, text: str, names: tuple[str, ...], required: int) -> dict[str, float]:
@@ -283,7 +316,7 @@ def _arguments(spec: str, text: str, names: tuple[str, ...], required: int) -> d
     ]
     found: dict[str, float] = {}
     for name, value in pairs:
-        if name not in names or name in found:
+        if name not in {*names, "decay"} or name in found:
             raise OptionError(
                 f"null {spec!r}: argument {name!r} is not known here; use {GRAMMAR}"
             )

@@ -56,4 +56,4 @@ def pi0_from_count(above: int, size: int, *, confidence: float = 0.95) -> Pi0:
     low, value, high = (
         min(max(x / (1 - LAMBDA), 0.0), 1.0) for x in (centre - spread, share, centre + spread)
     )
-    return Pi0(value, (low, high))
+    return Pi0(value, (min(low, value), max(high, value)))  # but for rounding, no change

@@ -44,6 +44,7 @@ _NEAR = 0.1
 _ALL_NEAR = 1e-3
 _ROUNDINGS = 4.0
 _MEDIAN_OF = 255
+_SMALLEST = 1e-30
 _MOST_GROUPS = 64
 _ENTRIES_AT_A_TIME = 1 << 20
 _LOOSEST, _TIGHTER, _TIGHTEST = 0.1, 10.0, 1e-4
@@ -170,7 +171,11 @@ def _near_groups(
     lines: FloatArray, waiting: IntArray, rounding: float, rng: np.random.Generator
 ) -> list[IntArray]:
     """Groups among the different lines ``waiting`` that differ by drift's rounding only."""
-    directions = rng.standard_normal((lines.shape[1], _DIRECTIONS)).astype(np.float32)
+    if waiting.size < 2:
+        return []
+    directions = rng.standard_normal((lines.shape[1], _DIRECTIONS))
+    largest = max(float(np.abs(block).max()) for _, block in _row_blocks(lines, waiting))
+    directions = (directions / max(largest, _SMALLEST)).astype(np.float32)  # none overflows
     places = np.empty((waiting.size, _DIRECTIONS), dtype=np.float32)
     for part, block in _row_blocks(lines, waiting):
         places[part] = block.astype(np.float32) @ directions
@@ -223,7 +228,8 @@ def _before_the_gap(
     floor = _ROUNDINGS * rounding * float(np.linalg.norm(centre)) + 1e-300
     order = np.argsort(distances, kind="stable")
     ascending = np.maximum(distances[order], floor)
-    typical = float(np.median(np.linalg.norm(lines[waiting[order[-_MEDIAN_OF:]]], axis=1)))
+    farthest = lines[waiting[order[-_MEDIAN_OF:]]].astype(np.float64)
+    typical = float(np.median(np.linalg.norm(farthest, axis=1)))
     near = int(np.searchsorted(ascending, max(_NEAR * typical, floor), side="right"))
     if ascending[-1] <= _ALL_NEAR * typical:
         return np.sort(waiting)  # all are one vector, so there is nothing to be apart from

@@ -1,4 +1,4 @@
-"""The scripts behind docs/evidence_truth.md, on tiny versions of what they run on."""
+"""The scripts behind docs/evidence.md, on tiny versions of what they run on."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ torch = pytest.importorskip("torch")
 from onnx_decompose.analysis.record import Prior  # noqa: E402
 from tools.corpus_evidence import float_weights, live_widths, relative_error  # noqa: E402
 from tools.evidence_truth.accuracy import Network, kept_by, measure_accuracy  # noqa: E402
+from tools.evidence_truth.decay_factor import (  # noqa: E402
+    false_edges,
+    rows_with_stated_factor,
+    true_factor,
+)
 from tools.evidence_truth.null_share import storey  # noqa: E402
 from tools.evidence_truth.runs import Layer, Run, load_runs, run_of  # noqa: E402
 from tools.evidence_truth.score import Source, tally_entries, tally_rows  # noqa: E402
@@ -257,3 +262,20 @@ def test_the_model_is_causal(checkpoint: Path) -> None:
     assert logits.shape == (1, 4, TINY.vocabulary)
     torch.testing.assert_close(logits[:, :3], others[:, :3])
     assert not torch.equal(logits[:, 3], others[:, 3])
+
+
+def test_decay_is_the_shadow_over_the_initial_value(rng: np.random.Generator) -> None:
+    initial = rng.normal(0, 0.1, (60, 200)).astype(np.float32)
+    shadow = initial * np.float32(0.5)
+    touched = np.zeros(initial.shape, dtype=bool)
+    touched[20:] = True
+    final = np.where(touched, shadow * rng.uniform(2, 4, (60, 1)), shadow).astype(np.float32)
+    layer = Layer(
+        0, initial, final, shadow, touched, abs(final), None, np.zeros(200, np.float32)
+    )
+    assert true_factor(layer) == pytest.approx(0.5)
+    assert false_edges(layer, 0.05) <= 0.05
+    tally = rows_with_stated_factor(layer)
+    assert tally.untouched == 20
+    assert tally.precision == 1
+    assert tally.recall > 0.9

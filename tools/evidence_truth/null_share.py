@@ -52,7 +52,9 @@ def row_shares(layer: Layer) -> dict[str, float]:
     """The same over whole rows, each tested against the recorded null without decay."""
     evidence = gather_evidence(layer.final, "recorded", prior_of(layer))
     decay = evidence.decay
-    null = evidence.null if decay is None else evidence.null.shrunk(1 / decay.interval[1])
+    null = evidence.null
+    if decay is not None and decay.used:
+        null = null.shrunk(1 / decay.interval[1])
     p_values = line_p_values(layer.final, null, rng=np.random.default_rng(0))
     touched = np.any(layer.touched, axis=1)
     return {

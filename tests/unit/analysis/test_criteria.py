@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import importlib.metadata
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -220,38 +221,61 @@ def test_magnitude_removes_the_asked_share() -> None:
     assert select(("magnitude:0.3", 0.01), weight, Zero()).mask.all()
 
 
-class PlugIn:
-    """What a third party would write: keeps the first column."""
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-
-    @property
-    def name(self) -> str:
-        return f"first_column({self.alpha})"
-
-    def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:
-        del rng
-        mask = np.zeros(evidence.weight.shape, dtype=bool)
-        mask[:, 0] = True
-        return Selection(mask, self.name, None, 0.0, (0.0, 1.0))
-
-    def looser(self) -> Criterion | None:
-        return None
+EVERY_CRITERION = (
+    "fdr",
+    "fwer",
+    "ksigma",
+    "displacement",
+    "group",
+    "channel:2",
+    "shared",
+    "magnitude",
+)
 
 
-def test_an_entry_point_adds_a_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = importlib.metadata.EntryPoint(
-        "first_column", f"{__name__}:PlugIn", "onnx_decompose.criteria"
+@pytest.mark.parametrize("name", EVERY_CRITERION)
+@pytest.mark.parametrize("null", [Normal(1.0), Uniform(1.0), TruncatedNormal(1.0), Zero()])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (6, 8)])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-45, 3e38])
+def test_degenerate_weights(
+    name: str, null: Null, shape: tuple[int, int], value: float
+) -> None:
+    selection = select((name, 0.05), np.full(shape, value, np.float32), null)
+    assert selection.mask.shape == shape
+    # Groups spread entries over their rounding cells at random, past a bounded null's edge too.
+    if name != "group":
+        assert selection.mask.all() or not selection.mask.any()
+    assert 0 <= selection.pi0_interval[0] <= selection.pi0 <= selection.pi0_interval[1] <= 1
+    if value == 0:
+        assert not selection.mask.any()
+
+
+def documented_plug_in() -> str:
+    """The example of docs/architecture.md, as a module."""
+    text = Path("docs/architecture.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(@dataclasses.*?class Largest.*?)```", text, re.DOTALL)
+    imports = "import dataclasses\nfrom onnx_decompose.analysis.criteria import Selection\n"
+    return f"{imports}{example}"
+
+
+def test_an_installed_package_adds_a_criterion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "largest_criterion.py").write_text(documented_plug_in(), "utf-8")
+    metadata = tmp_path / "largest_criterion-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: x\nVersion: 1\n", "utf-8")
+    (metadata / "entry_points.txt").write_text(
+        "[onnx_decompose.criteria]\nlargest = largest_criterion:Largest\n", "utf-8"
     )
-    monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda _: PlugIn)
-    monkeypatch.setattr(
-        importlib.metadata,
-        "entry_points",
-        lambda **wanted: importlib.metadata.EntryPoints([point]).select(**wanted),
-    )
-    assert "first_column" in criterion_names()
-    mask = select(("first_column", 0.1), np.ones((2, 3), np.float32), Normal(1.0)).mask
-    assert mask.tolist() == [[True, False, False]] * 2
-    with pytest.raises(OptionError, match="first_column"):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "largest" in criterion_names()
+    weight = np.arange(100, dtype=np.float32).reshape(10, 10)
+    selection = select(("largest", 0.1), weight, Normal(1.0))
+    np.testing.assert_array_equal(selection.mask, weight > 9.9)
+    assert select(("largest:0.5", 0.1), weight, Normal(1.0)).mask.sum() == 50
+    looser = make_criterion("largest", 0.1).looser()
+    assert looser is not None
+    assert looser.name == "largest(0.025)"
+    with pytest.raises(OptionError, match="largest"):
         make_criterion("unheard_of", 0.1)
