@@ -81,7 +81,7 @@ class Attempt:
             for site in region.sites:
                 source, target = region.axis_of[site.input], region.axis_of[site.output]
                 after -= site.size
-                after += sum(b.units[source].size * b.units[target].size for b in plan.branches)
+                after += plan.entries(source, target)
         return after
 
     @property
@@ -310,7 +310,7 @@ def _plan_whole(
 def _filled(region: Region, plan: RegionPlan, number: int) -> NDArray[np.bool_]:
     """The mask of one of the region's sites with all entries that its dense blocks have room for."""
     mask = plan.masks[number]
-    if plan.decision not in {"shrink", "split"}:
+    if plan.decision not in {"shrink", "split", "grouped"}:
         return mask
     site = region.sites[number]
     source, target = region.axis_of[site.input], region.axis_of[site.output]

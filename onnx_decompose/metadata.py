@@ -57,7 +57,7 @@ class Block:
     Attributes:
         rows: input units of the part, each once.
         columns: output units of the part, each once.
-        initializer: the tensor that stores it: a matrix, or a stack of matrices.
+        initializer: the tensor that stores it: a matrix, a stack of matrices, or the kernel of a 1x1 convolution.
         transposed: each stored matrix is (columns, rows).
         part: which matrix of a stack; None where the tensor is one matrix.
         stored_rows: row of the stored matrix, seen as (rows, columns), that holds each of ``rows``; None for all of
@@ -79,6 +79,11 @@ class Block:
         Raises:
             ValueError: ``stored`` has another number of axes, or the part does not lie inside it.
         """
+        if self.part is None and stored.ndim == 4 and stored.shape[2:] == (1, 1):
+            stored = stored[:, :, 0, 0]
+        # A stack has axes of size 1 where its matrices are broadcast to the axes of a batch.
+        while self.part is not None and stored.ndim > 3 and stored.shape[1] == 1:
+            stored = stored[:, 0]
         if stored.ndim != (2 if self.part is None else 3):
             raise ValueError(f"'{self.initializer}' has {stored.ndim} axes")
         if self.part is not None and not self.part < stored.shape[0]:

@@ -6,6 +6,7 @@ grouping components into branches is exact; the plan only chooses the fast one.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import heapq
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +22,7 @@ from onnx_decompose.analysis.structure import (
     live_units,
     state_components,
 )
+from onnx_decompose.stacks import Border, Grouping, StackLayout, StackWork, groupings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,14 +49,17 @@ __all__ = [
     "plan_shared",
 ]
 
-Emit = Literal["auto", "split", "shrink", "triangular", "shared"]
-Decision = Literal["dense", "shrink", "split", "triangular", "shared"]
+Emit = Literal["auto", "split", "shrink", "grouped", "triangular", "shared"]
+Decision = Literal["dense", "shrink", "split", "grouped", "triangular", "shared"]
 
 _WORTH = 0.97
 """Predicted cost, relative to dense, above which a rewrite is not tried."""
 
 _MOST_BRANCHES = 64
 """Branches that are still compared by cost: more never pay for their kernels, and components may be thousands."""
+
+_MOST_PLANS = 8
+"""Plans of one decision that are worth being timed: each holds the masks."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -64,11 +69,15 @@ class StateGraph:
     Attributes:
         axis_sizes: units of each axis.
         edges: one per site, in graph order.
-        elementwise: axis of each elementwise node.
+        elementwise: axis of each elementwise node, but for the ``fused`` ones.
         entries: axis of each value that comes in.
         exits: axis of each value that goes out.
         itemsize: bytes per element.
         free: axes of the border whose units may be renumbered outside, so that branches find theirs side by side.
+        fused: axis of each elementwise node that a runtime takes into the product before it: bias and activation.
+        layouts: in which stacks of equal blocks can be written.
+        unpadded: axes on which blocks cannot be padded.
+        unstacked: why there are no layouts.
     """
 
     axis_sizes: tuple[int, ...]
@@ -78,6 +87,10 @@ class StateGraph:
     exits: tuple[int, ...]
     itemsize: int
     free: frozenset[int] = frozenset()
+    fused: tuple[int, ...] = ()
+    layouts: frozenset[StackLayout] = frozenset()
+    unpadded: frozenset[int] = frozenset()
+    unstacked: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +110,7 @@ class RegionPlan:
 
     Attributes:
         decision: ``dense`` (left alone), ``shrink`` (one narrower branch), ``split`` (several branches),
+            ``grouped`` (several branches, in stacks),
             ``triangular`` (several branches that may read the same inputs) or ``shared`` (equal rows and columns
             computed once).
         reason: why, with figures, for the report.
@@ -106,6 +120,7 @@ class RegionPlan:
         relative_cost: predicted cost over dense, geometric mean over batches.
         places: axis -> where each unit stands in the values of that axis outside, where they were renumbered.
         copies: what the computed units stand for; None unless the decision is ``shared``.
+        grouping: the stacks where the decision is ``grouped``; branches are in their order.
     """
 
     decision: Decision
@@ -116,11 +131,20 @@ class RegionPlan:
     relative_cost: float = 1.0
     places: Mapping[int, IntArray] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
+    grouping: Grouping | None = None
 
     def order(self, axis: int, size: int) -> IntArray:
         """The unit at each place of a value of the border, ``size`` of them."""
         place = self.places.get(axis)
         return np.arange(size, dtype=np.intp) if place is None else np.argsort(place)
+
+    def entries(self, source: int, target: int) -> int:
+        """Entries that a weight from one axis to another stores after the rewrite."""
+        if self.grouping is not None:
+            return self.grouping.entries(source, target)
+        return sum(
+            branch.units[source].size * branch.units[target].size for branch in self.branches
+        )
 
     def positions(self, axis: int) -> list[IntArray]:
         """Where each branch's units stand in a value of the border, ascending."""
@@ -137,11 +161,13 @@ class _Candidate:
         decision: how.
         branches: into what.
         found: what the branches are, for the reason.
+        grouping: their stacks.
     """
 
     decision: Decision
     branches: tuple[Branch, ...]
     found: str
+    grouping: Grouping | None = None
 
 
 Layout = Literal["whole", "runs", "scattered"]
@@ -155,8 +181,8 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
         graph: the region's state graph with supported masks.
         cost: the provider's coefficients.
         emit: ``auto`` chooses by cost; ``split`` asks for one branch per component; ``shrink`` for a single one;
-            ``triangular`` for groups of outputs with the inputs that each reads; ``shared`` for none (see
-            :func:`plan_shared`).
+            ``grouped`` for stacks; ``triangular`` for groups of outputs with the inputs that each reads; ``shared``
+            for none (see :func:`plan_shared`).
     """
     graph, components = _live(graph)
     masks = tuple(edge.mask for edge in graph.edges)
@@ -172,26 +198,34 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
     if not candidates:
         why = _why_none(graph, components, emit)
         return RegionPlan("dense", f"{found}; {why}", components, masks)
-    best = candidates[0]
-    if best.relative_cost > _WORTH and emit == "auto":
+    relative, best = candidates[0]
+    if relative > _WORTH and emit == "auto":
         return RegionPlan(
             "dense",
-            f"{found}; the best rewrite is predicted to take {best.relative_cost:.2f} of the time",
+            f"{found}; the best rewrite is predicted to take {relative:.2f} of the time",
             components,
             masks,
         )
-    return best
+    return _plan_of(graph, components, relative, best)
 
 
 def candidate_plans(
     graph: StateGraph, cost: CostModel, emit: Emit = "auto"
 ) -> tuple[RegionPlan, ...]:
-    """Every way of rewriting a region that is compared, by predicted cost; arguments as of :func:`plan_region`.
+    """The best few ways of rewriting a region by each decision, by predicted cost; arguments as of :func:`plan_region`.
 
     None of them is dense, and they are given even where none is predicted to pay.
     """
     graph, components = _live(graph)
-    return () if components.count == 0 else _ranked(graph, components, cost, emit)
+    if components.count == 0:
+        return ()
+    seen: collections.Counter[Decision] = collections.Counter()
+    plans: list[RegionPlan] = []
+    for relative, candidate in _ranked(graph, components, cost, emit):
+        seen[candidate.decision] += 1
+        if seen[candidate.decision] <= _MOST_PLANS:
+            plans.append(_plan_of(graph, components, relative, candidate))
+    return tuple(plans)
 
 
 def plan_shared(
@@ -248,31 +282,41 @@ def _live(graph: StateGraph) -> tuple[StateGraph, Components]:
 
 def _ranked(
     graph: StateGraph, components: Components, cost: CostModel, emit: Emit
-) -> tuple[RegionPlan, ...]:
-    """The candidates of a live region, the one with the lowest predicted cost first."""
+) -> list[tuple[float, _Candidate]]:
+    """The candidates of a live region and their predicted costs, the lowest first."""
     dense_cost = _costs(graph, (_everything(graph),), cost)
-    found = _description(graph, components)
-    masks = tuple(edge.mask for edge in graph.edges)
-    plans: list[RegionPlan] = []
+    ranked: list[tuple[float, _Candidate]] = []
     for generate in _GENERATORS:
         for candidate in generate(graph, components, cost, emit):
-            if plans and _same(plans[-1].branches, candidate.branches):
+            if ranked and _same(ranked[-1][1], candidate):
                 continue  # stretching changed nothing
-            relative = _relative(_costs(graph, candidate.branches, cost), dense_cost)
-            reason = f"{found}; {candidate.found}, predicted to take {relative:.2f} of the time"
-            plans.append(
-                RegionPlan(
-                    candidate.decision, reason, components, masks, candidate.branches, relative
-                )
-            )
-    return tuple(sorted(plans, key=lambda plan: plan.relative_cost))
+            costs = _costs(graph, candidate.branches, cost, candidate.grouping)
+            ranked.append((_relative(costs, dense_cost), candidate))
+    return sorted(ranked, key=lambda item: item[0])
 
 
-def _same(some: tuple[Branch, ...], others: tuple[Branch, ...]) -> bool:
-    return len(some) == len(others) and all(
+def _plan_of(
+    graph: StateGraph, components: Components, relative: float, candidate: _Candidate
+) -> RegionPlan:
+    found = f"{_description(graph, components)}; {candidate.found}"
+    return RegionPlan(
+        candidate.decision,
+        f"{found}, predicted to take {relative:.2f} of the time",
+        components,
+        tuple(edge.mask for edge in graph.edges),
+        candidate.branches,
+        relative,
+        grouping=candidate.grouping,
+    )
+
+
+def _same(some: _Candidate, other: _Candidate) -> bool:
+    if some.grouping != other.grouping or len(some.branches) != len(other.branches):
+        return False
+    return all(
         np.array_equal(mine, theirs)
-        for one, other in zip(some, others, strict=True)
-        for mine, theirs in zip(one.units, other.units, strict=True)
+        for branch, counterpart in zip(some.branches, other.branches, strict=True)
+        for mine, theirs in zip(branch.units, counterpart.units, strict=True)
     )
 
 
@@ -342,6 +386,8 @@ def _why_none(graph: StateGraph, components: Components, emit: Emit) -> str:
         return "no two rows or columns are equal"
     if components.count == 1:
         return "nothing to take apart"
+    if emit == "grouped" and graph.unstacked:
+        return f"no stacks: {graph.unstacked}"
     return "not two of them have units on every axis"
 
 
@@ -358,7 +404,7 @@ def _merged_components(
 ) -> Iterator[_Candidate]:
     """``split`` and ``shrink``: branches without a common unit."""
     del cost
-    if emit in {"triangular", "shared"}:
+    if emit in {"grouped", "triangular", "shared"}:
         return
     for branches in _groupings(graph, components, emit):
         count = len(branches)
@@ -366,6 +412,46 @@ def _merged_components(
             continue  # this is the dense region
         decision: Decision = "split" if count > 1 else "shrink"
         yield _Candidate(decision, branches, f"{count} branch{'es' if count > 1 else ''}")
+
+
+def _stacked(
+    graph: StateGraph, components: Components, cost: CostModel, emit: Emit
+) -> Iterator[_Candidate]:
+    """``grouped``: branches in stacks of one size."""
+    del cost
+    if emit not in {"auto", "grouped"} or not graph.layouts:
+        return
+    products = [(edge.source, edge.target) for edge in graph.edges]
+    for branches in _groupings(graph, components, emit):
+        if len(branches) == 1:
+            continue
+        sizes = np.array([[units.size for units in branch.units] for branch in branches])
+        for layout in sorted(graph.layouts):
+            for order, grouping in groupings(sizes, products, layout):
+                if not graph.unpadded.intersection(_padded_axes(sizes[order], grouping)):
+                    ordered = tuple(branches[number] for number in order)
+                    found = _stacks_found(graph, grouping, sizes)
+                    yield _Candidate("grouped", ordered, found, grouping)
+
+
+def _padded_axes(sizes: IntArray, grouping: Grouping) -> IntArray:
+    """Axes on which not every block, (blocks, axes) in the order of the stacks, is full."""
+    counts = [stack.count for stack in grouping.stacks]
+    full = np.repeat([stack.sizes for stack in grouping.stacks], counts, axis=0)
+    return np.flatnonzero((sizes != full).any(axis=0))
+
+
+def _stacks_found(graph: StateGraph, grouping: Grouping, sizes: IntArray) -> str:
+    """The stacks in words."""
+    products = [(edge.source, edge.target) for edge in graph.edges]
+    needed = sum(
+        int((sizes[:, source] * sizes[:, target]).sum()) for source, target in products
+    )
+    stored = sum(grouping.entries(source, target) for source, target in products)
+    count = len(grouping.stacks)
+    padding = f", {stored / needed - 1:.0%} padding" if stored > needed else ""
+    stacks = f"{count} stack{'s' if count > 1 else ''} in {grouping.layout}"
+    return f"{len(sizes)} branches in {stacks}{padding}"
 
 
 def _covers(
@@ -397,7 +483,7 @@ def _covers(
 
 _GENERATORS: tuple[
     Callable[[StateGraph, Components, CostModel, Emit], Iterator[_Candidate]], ...
-] = (_merged_components, _covers)
+] = (_merged_components, _stacked, _covers)
 """Where candidates come from: (live graph, components, cost, emit) -> those that ``emit`` allows."""
 
 
@@ -513,9 +599,37 @@ def _relative(seconds: FloatArray, dense: FloatArray) -> float:
     return float(np.exp(np.mean(np.log(seconds / dense))))
 
 
-def _costs(graph: StateGraph, branches: tuple[Branch, ...], cost: CostModel) -> FloatArray:
+def _costs(
+    graph: StateGraph,
+    branches: tuple[Branch, ...],
+    cost: CostModel,
+    grouping: Grouping | None = None,
+) -> FloatArray:
     """Predicted seconds at each of the cost model's batches."""
-    return np.array([_seconds(graph, branches, cost, rows) for rows in cost.batches])
+    if grouping is None:
+        return np.array([_seconds(graph, branches, cost, rows) for rows in cost.batches])
+    work = StackWork(
+        tuple((edge.source, edge.target) for edge in graph.edges),
+        graph.elementwise,
+        graph.fused,
+        graph.itemsize,
+    )
+    borders = [
+        Border(axis, _in_place(graph, branches, grouping, axis))
+        for axis in (*graph.entries, *graph.exits)
+    ]
+    return np.array([work.seconds(grouping, borders, cost, rows) for rows in cost.batches])
+
+
+def _in_place(
+    graph: StateGraph, branches: tuple[Branch, ...], grouping: Grouping, axis: int
+) -> bool:
+    """Whether the branches' units of a border axis stand outside as they do in the stacks."""
+    size = graph.axis_sizes[axis]
+    units = np.concatenate([branch.units[axis] for branch in branches])
+    if units.size != size or grouping.width(axis) != size:
+        return False
+    return axis in graph.free or np.array_equal(units, np.arange(size))
 
 
 def _seconds(

@@ -12,6 +12,7 @@ from onnx_decompose.refusals import find_refusals
 from onnx_decompose.regions import Region, find_regions, single_site_regions
 from onnx_decompose.shapes import Dim, infer_shapes, opset_of
 from onnx_decompose.sites import Refusal, Site, check_finite, find_sites, site_weight
+from onnx_decompose.unit_layouts import fused_nodes, stack_form
 from onnx_decompose.unit_spaces import UnitSpace, find_unit_spaces
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ def state_graph(
     graph = study.model.proto.graph
     sites = {site.node for site in region.sites}
     free = {name for space in study.spaces for name in space.values}
+    fused = set(fused_nodes(graph, region, study.constants))
+    form = stack_form(graph, region, study.constants, study.shapes, opset_of(study.model.proto))
     return StateGraph(
         axis_sizes=region.axis_sizes,
         edges=tuple(
@@ -128,7 +131,7 @@ def state_graph(
         elementwise=tuple(
             region.axis_of[graph.node[index].output[0]]
             for index in region.nodes
-            if index not in sites
+            if index not in sites | fused
         ),
         entries=tuple(region.axis_of[name] for name in region.entries),
         exits=tuple(region.axis_of[name] for name in region.exits),
@@ -136,4 +139,8 @@ def state_graph(
         free=frozenset(
             region.axis_of[name] for name in (*region.entries, *region.exits) if name in free
         ),
+        fused=tuple(region.axis_of[graph.node[index].output[0]] for index in sorted(fused)),
+        layouts=form.layouts,
+        unpadded=form.unpadded,
+        unstacked=form.refusal,
     )

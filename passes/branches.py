@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from onnx_decompose.passes.splice import Fresh
     from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
+    from onnx_decompose.shapes import Dim
     from onnx_decompose.sites import Site
 
     Value: TypeAlias = gs.Variable | gs.Constant
@@ -50,21 +51,17 @@ class Emitter(Protocol):
 class TensorOps:
     """Operators on the last axis, in the form that the model's operator set has."""
 
-    def __init__(self, opset: int, ranks: Mapping[str, int], fresh: Fresh) -> None:
-        self._opset = opset
-        self._ranks = ranks
+    def __init__(self, opset: int, shapes: Mapping[str, tuple[Dim, ...]], fresh: Fresh) -> None:
+        self.opset = opset
+        self.shapes = shapes
+        self._ranks = {name: len(shape) for name, shape in shapes.items()}
         self.fresh = fresh
         self.placed: list[Placed] = []
         self.constants: dict[str, list[Block]] = {}
 
-    @property
-    def opset(self) -> int:
-        """The model's operator set."""
-        return self._opset
-
     def axis(self, value: str) -> int:
         """The last axis of ``value`` as an attribute; negative axes came with operator set 11."""
-        return -1 if self._opset >= 11 else self._ranks[value] - 1
+        return -1 if self.opset >= 11 else self._ranks[value] - 1
 
     def add(
         self,
@@ -93,11 +90,17 @@ class TensorOps:
         self.constants.setdefault(constant, []).append(block)
 
     def split(
-        self, value: Value, sizes: Sequence[int], outputs: Sequence[Value], place: int
+        self,
+        value: Value,
+        sizes: Sequence[int],
+        outputs: Sequence[Value],
+        place: int,
+        *,
+        axis: int | None = None,
     ) -> None:
-        """Cut ``value`` into consecutive runs of ``sizes``."""
-        axis = self.axis(value.name)
-        if self._opset >= 13:
+        """Cut ``value`` into consecutive runs of ``sizes``; along its last axis unless told otherwise."""
+        axis = self.axis(value.name) if axis is None else axis
+        if self.opset >= 13:
             lengths = self.fresh.constant(f"{value.name}.sizes", np.asarray(sizes, np.int64))
             self.add("Split", [value, lengths], outputs, place, {"axis": axis})
         else:
@@ -114,7 +117,7 @@ class TensorOps:
     ) -> None:
         """Units ``start`` to ``stop`` of ``value``; ``like`` is a value of the same rank where it is a new one."""
         axis = self.axis(like or value.name)
-        if self._opset < 10:
+        if self.opset < 10:
             attrs = {"starts": [start], "ends": [stop], "axes": [axis]}
             self.add("Slice", [value], [output], place, attrs)
             return
@@ -148,14 +151,14 @@ class TensorOps:
 
     def can_pad(self, like: str) -> bool:
         """Whether :meth:`pad` can be written: axes can be named since operator set 18, before that all are padded."""
-        return self._opset >= 18 or like in self._ranks
+        return self.opset >= 18 or like in self._ranks
 
     def pad(
         self, value: Value, around: tuple[int, int], output: Value, like: str, place: int
     ) -> None:
         """``value`` with its first and last unit repeated so often before and after it."""
         attrs = {"mode": "edge"}
-        if self._opset >= 18:
+        if self.opset >= 18:
             pads, axes = np.asarray(around, np.int64), np.asarray([-1], np.int64)
             inputs = [
                 self.fresh.constant(f"{output.name}.pads", pads),
@@ -166,7 +169,7 @@ class TensorOps:
             return
         others = [0] * (self._ranks[like] - 1)
         widths = [*others, around[0], *others, around[1]]
-        if self._opset < 11:
+        if self.opset < 11:
             self.add("Pad", [value], [output], place, {**attrs, "pads": widths})
             return
         pads = self.fresh.constant(f"{output.name}.pads", np.asarray(widths, np.int64))
@@ -175,7 +178,7 @@ class TensorOps:
     def total(self, value: Value, output: Value, like: str, place: int) -> None:
         """The sum over the units of ``value``, as one unit."""
         axis = self.axis(like)
-        if self._opset >= 13:
+        if self.opset >= 13:
             axes = self.fresh.constant(f"{output.name}.axes", np.asarray([axis], np.int64))
             self.add("ReduceSum", [value, axes], [output], place, {"keepdims": 1})
         else:

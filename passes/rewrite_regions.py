@@ -10,6 +10,7 @@ from onnx_decompose.errors import PassError
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.branches import BranchEmitter, TensorOps
+from onnx_decompose.passes.grouped import GroupedEmitter
 from onnx_decompose.passes.renumber import renumber
 from onnx_decompose.passes.shared import SharedEmitter
 from onnx_decompose.passes.splice import Fresh, constant_nodes, splice
@@ -36,6 +37,7 @@ _EMITTERS: Mapping[Decision, Callable[..., Emitter]] = {
     "split": BranchEmitter,
     "triangular": BranchEmitter,
     "shared": SharedEmitter,
+    "grouped": GroupedEmitter,
 }
 """How each decision is written."""
 
@@ -82,8 +84,7 @@ class RewriteRegions(GraphPass):
             return PassResult(model, modified=False)
         graph = model.proto.graph
         constants = Constants(model)
-        ranks = {name: len(shape) for name, shape in self.shapes.items()}
-        ops = TensorOps(opset_of(model.proto), ranks, Fresh(graph))
+        ops = TensorOps(opset_of(model.proto), self.shapes, Fresh(graph))
         for region, plan in self.plans:
             weights = {site.name: self.weight(site) for site in region.sites}
             emitter = _EMITTERS[plan.decision](graph, region, plan, weights, constants, ops)

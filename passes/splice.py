@@ -65,12 +65,14 @@ class Placed:
     Attributes:
         node: in the graph IR.
         place: index of the original node whose place it takes.
-        source: the original node that it is a copy of, whose attributes and metadata it keeps; None for helpers.
+        source: the original node that it stands for, whose metadata it keeps; None for helpers.
+        is_copy: whether it is that node on other values, with the same operator and attributes.
     """
 
     node: gs.Node
     place: int
     source: onnx.NodeProto | None
+    is_copy: bool = True
 
 
 def splice(
@@ -163,6 +165,10 @@ def _export(item: Placed) -> onnx.NodeProto:
         return node
     copy = onnx.NodeProto()
     copy.CopyFrom(item.source)
+    if not item.is_copy:
+        copy.op_type = node.op_type
+        del copy.attribute[:]
+        copy.attribute.extend(node.attribute)
     copy.name = node.name
     copy.input[:] = node.input
     copy.output[:] = node.output

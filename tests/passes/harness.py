@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from onnx_decompose.plan import Emit, RegionPlan
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
+    from onnx_decompose.stacks import StackLayout
     from onnx_decompose.study import Study
 
     Array = NDArray[Any]
 
 FREE = dataclasses.replace(
-    CPU, kernel=1e-12, copy_rate=1e15, elementwise_rate=1e15, gather_rate=1e15
+    CPU, kernel=1e-12, block=1e-12, copy_rate=1e15, elementwise_rate=1e15, gather_rate=1e15
 )
 """A provider where every component is worth a branch."""
 
@@ -97,11 +98,15 @@ def rewrite(
     emit: Emit = "split",
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
     cost: CostModel = FREE,
+    layout: StackLayout | None = None,
 ) -> Rewritten:
-    """Plan every region of a model and write it, with nonzero entries as supported unless told otherwise."""
+    """Plan every region of a model and write it, with nonzero entries as supported unless told otherwise.
+
+    Stacks are in ``layout``, where one is given and the region can be written so.
+    """
     before = source.SerializeToString(deterministic=True)
     study = study_model(load_model(source))
-    plans, weights, rewriting = passes_for(study, emit, masks, cost)
+    plans, weights, rewriting = passes_for(study, emit, masks, cost, layout)
     chosen = [region for region, plan in plans if plan.decision != "dense"]
     annealed = ReplaceWeights(weights)(study.model)
     after = rewriting(study.model)
@@ -129,11 +134,13 @@ def passes_for(
     emit: Emit,
     masks: Mapping[str, NDArray[np.bool_]] | None = None,
     cost: CostModel = FREE,
+    layout: StackLayout | None = None,
 ) -> tuple[list[tuple[Region, RegionPlan]], dict[Site, Array], RewriteRegions]:
     """The plans, the annealed weights and the pass that writes them."""
     supported = {site.name: study.weight(site) != 0 for site in study.sites} | dict(masks or {})
     plans = [
-        (region, plan_for(study, region, supported, emit, cost)) for region in study.regions
+        (region, plan_for(study, region, supported, emit, cost, layout))
+        for region in study.regions
     ]
     chosen = [(region, plan) for region, plan in plans if plan.decision != "dense"]
     numbering = choose_numbering(study.spaces, chosen)
@@ -157,8 +164,11 @@ def plan_for(
     masks: Mapping[str, NDArray[np.bool_]],
     emit: Emit,
     cost: CostModel,
+    layout: StackLayout | None = None,
 ) -> RegionPlan:
     graph = state_graph(study, region, masks)
+    if layout is not None:
+        graph = dataclasses.replace(graph, layouts=graph.layouts & {layout})
     plan = plan_region(graph, cost, emit)
     if emit != "shared":
         return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from onnx_decompose import unit_layouts
 from tests.passes.harness import blocks, check_parity, rewrite
 
 if TYPE_CHECKING:
@@ -75,7 +77,8 @@ class Builder:
             inputs = [value, self.constant(weight.T if flipped else weight)]
             if self.opset < 11 or self.rng.random() < 0.7:
                 inputs.append(self.constant(self.rng.standard_normal(labels.size)))
-            return self.add("Gemm", inputs, labels, transB=flipped, alpha=0.5)
+            factor = float(self.rng.choice([0.5, 1.0]))
+            return self.add("Gemm", inputs, labels, transB=flipped, alpha=factor)
         if form == "transposed":
             stored = self.add("Transpose", [self.constant(weight.T)], labels)
             del self.labels[stored]  # no value of the batch
@@ -141,12 +144,40 @@ class Builder:
     groups=st.integers(1, 3),
     axes=st.integers(1, 2),
     opset=st.sampled_from([9, 13, 17]),
-    emit=st.sampled_from(["auto", "split", "shrink", "triangular"]),
+    emit=st.sampled_from(["auto", "split", "shrink", "grouped", "triangular"]),
 )
 def test_the_function_stays(
     seed: int, steps: list[str], groups: int, axes: int, opset: int, emit: Emit
 ) -> None:
     rng = np.random.default_rng(seed)
+    model = random_model(rng, steps, groups, axes, opset)
+    result = rewrite(model, emit)
+    check_parity(result, rng, tolerance=1e-9)
+    check_parity(rewrite(result.proto, emit), rng, tolerance=1e-9)
+
+
+@settings(max_examples=50)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=6),
+    groups=st.integers(2, 3),
+    axes=st.integers(1, 2),
+    opset=st.sampled_from([9, 13, 17]),
+)
+def test_convolutions_in_groups(
+    seed: int, steps: list[str], groups: int, axes: int, opset: int
+) -> None:
+    """In doubles, which only the standard's reference implementation convolves."""
+    rng = np.random.default_rng(seed)
+    model = random_model(rng, steps, groups, axes, opset)
+    with mock.patch.object(unit_layouts, "_CONVOLVED", {DOUBLE}):
+        result = rewrite(model, "grouped", layout="columns")
+    check_parity(result, rng, tolerance=1e-9, reference=True)
+
+
+def random_model(
+    rng: np.random.Generator, steps: list[str], groups: int, axes: int, opset: int
+) -> onnx.ModelProto:
     builder = Builder(rng, ("B", "T")[:axes], opset)
     value = "x"
     builder.labels[value] = builder.new_labels(groups)
@@ -156,6 +187,4 @@ def test_the_function_stays(
             value = builder.site(value, builder.new_labels(groups))
         else:
             value = getattr(builder, kind)(value)
-    result = rewrite(builder.model(size, value), emit)
-    check_parity(result, rng, tolerance=1e-9)
-    check_parity(rewrite(result.proto, emit), rng, tolerance=1e-9)
+    return builder.model(size, value)

@@ -125,6 +125,27 @@ class TestBlock:
         )
         np.testing.assert_array_equal(block.read(self.STACK), [[19, 23], [16, 20]])
 
+    def test_a_group_of_a_convolution(self) -> None:
+        """The second of two groups of three outputs, two of them units; the second of two inputs is padding."""
+        kernel = np.arange(12).reshape(6, 2, 1, 1)
+        block = part_of(
+            rows=np.array([7]),
+            transposed=True,
+            stored_rows=np.array([0]),
+            stored_columns=np.array([3, 4]),
+        )
+        np.testing.assert_array_equal(block.read(kernel), [[6, 8]])
+        used = np.zeros(kernel.shape, bool)
+        block.view(used)[np.ix_(*block.places)] = True
+        assert np.flatnonzero(used).tolist() == [6, 8]
+        with pytest.raises(ValueError, match="4 axes"):
+            block.read(np.zeros((6, 1, 1, 2)))
+
+    def test_a_part_of_a_stack_that_is_broadcast(self) -> None:
+        block = part_of(part=1, stored_rows=np.array([0, 2]), stored_columns=np.array([3, 1]))
+        wide = self.STACK[:, None, None]
+        np.testing.assert_array_equal(block.read(wide), block.read(self.STACK))
+
     def test_a_stored_column_may_stand_for_several_units(self) -> None:
         block = part_of(stored_columns=np.array([1, 1]))
         np.testing.assert_array_equal(block.read(self.STACK[0, :2]), [[1, 1], [5, 5]])

@@ -20,6 +20,7 @@ from onnx_decompose.plan import (
     layout_of,
     plan_region,
 )
+from onnx_decompose.stacks import Grouping, Stack, StackLayout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,6 +80,13 @@ def check(graph: StateGraph, plan: RegionPlan) -> None:
             assert np.unique(owned).size == owned.size
         if axis in graph.exits:
             assert owned.size == size
+    assert (plan.grouping is None) == (plan.decision != "grouped")
+    if plan.grouping is not None:
+        stacks = [stack for stack in plan.grouping.stacks for _ in range(stack.count)]
+        for branch, stack in zip(plan.branches, stacks, strict=True):
+            for axis, (units, size) in enumerate(zip(branch.units, stack.sizes, strict=True)):
+                assert units.size <= size
+                assert units.size == size or axis not in graph.unpadded
     for edge, mask in zip(graph.edges, plan.masks, strict=True):
         inside = np.zeros_like(mask)
         for branch in plan.branches:
@@ -360,6 +368,75 @@ def test_a_cover_that_is_asked_for_may_cost_more() -> None:
     assert plan.reason.endswith("no two groups of outputs read less than everything")
 
 
+LAYOUTS: frozenset[StackLayout] = frozenset({"columns", "rows"})
+
+
+def stackable(
+    rng: np.random.Generator, sizes: list[int], *, shuffled: bool = True, **fields: Any
+) -> StateGraph:
+    """K -> 4 K -> K with blocks of the given sizes."""
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    axes = [labels, np.repeat(labels, 4), labels]
+    if shuffled:
+        axes = [rng.permutation(axis) for axis in axes]
+    graph = graph_of(
+        tuple(axis.size for axis in axes),
+        (0, 1, blocks(axes[0], axes[1])),
+        (1, 2, blocks(axes[1], axes[2])),
+    )
+    return dataclasses.replace(graph, layouts=LAYOUTS, **fields)
+
+
+class TestStacks:
+    def test_equal_blocks_in_columns_on_a_cpu(self, rng: np.random.Generator) -> None:
+        plan = plan_region(stackable(rng, [128] * 8), CPU)
+        assert plan.decision == "grouped"
+        assert plan.grouping == Grouping("columns", (Stack(8, (128, 512, 128)),))
+        assert plan.reason.endswith(
+            f"; 8 branches in 1 stack in columns, predicted to take {plan.relative_cost:.2f} of the time"
+        )
+        assert plan.entries(0, 1) == 8 * 128 * 512
+
+    def test_in_rows_on_a_gpu(self, rng: np.random.Generator) -> None:
+        plan = plan_region(stackable(rng, [512] * 8), CUDA)
+        assert plan.grouping == Grouping("rows", (Stack(8, (512, 2048, 512)),))
+
+    def test_small_layers_stay_dense(self, rng: np.random.Generator) -> None:
+        assert plan_region(stackable(rng, [16] * 4), CPU).decision == "dense"
+
+    def test_blocks_of_odd_sizes_are_padded(self, rng: np.random.Generator) -> None:
+        plan = plan_region(stackable(rng, [125] * 8), CPU, "grouped")
+        assert plan.grouping == Grouping("columns", (Stack(8, (128, 512, 128)),))
+        assert "in columns, 5% padding, " in plan.reason
+        assert plan.entries(0, 1) == 8 * 128 * 512
+
+    def test_an_axis_that_cannot_be_padded(self, rng: np.random.Generator) -> None:
+        unpadded = frozenset({1})
+        plan = plan_region(stackable(rng, [125] * 8, unpadded=unpadded), CPU, "grouped")
+        assert plan.grouping == Grouping("rows", (Stack(8, (125, 500, 125)),))
+
+    def test_unequal_blocks_have_stacks_of_their_own(self, rng: np.random.Generator) -> None:
+        plan = plan_region(stackable(rng, [512, 128, 512, 128, 128]), CPU)
+        assert plan.grouping == Grouping(
+            "columns", (Stack(2, (512, 2048, 512)), Stack(3, (128, 512, 128)))
+        )
+        assert [branch.units[0].size for branch in plan.branches] == [512] * 2 + [128] * 3
+
+    def test_blocks_in_turn_are_cheaper(self, rng: np.random.Generator) -> None:
+        mixed = plan_region(stackable(rng, [128] * 8), CPU)
+        in_turn = plan_region(stackable(rng, [128] * 8, shuffled=False), CPU)
+        free = plan_region(stackable(rng, [128] * 8, free=frozenset({0, 2})), CPU)
+        assert in_turn.relative_cost == free.relative_cost < mixed.relative_cost
+
+    def test_why_there_are_none(self, rng: np.random.Generator) -> None:
+        graph = dataclasses.replace(
+            stackable(rng, [8] * 4), layouts=frozenset(), unstacked="for a reason"
+        )
+        plan = plan_region(graph, CPU, "grouped")
+        assert plan.decision == "dense"
+        assert plan.reason.endswith("; no stacks: for a reason")
+
+
 @st.composite
 def graphs(draw: st.DrawFn) -> StateGraph:
     """Random chains with a residual and a gate, at random densities."""
@@ -375,8 +452,16 @@ def graphs(draw: st.DrawFn) -> StateGraph:
 
 
 @settings(max_examples=60)
-@given(graphs(), st.sampled_from(get_args(Emit)), st.sampled_from([FREE, CPU, CUDA]))
-def test_every_plan_is_exact(graph: StateGraph, emit: Emit, cost: CostModel) -> None:
+@given(
+    graphs(),
+    st.sampled_from(get_args(Emit)),
+    st.sampled_from([FREE, CPU, CUDA]),
+    st.sets(st.integers(0, 1)),
+)
+def test_every_plan_is_exact(
+    graph: StateGraph, emit: Emit, cost: CostModel, unpadded: set[int]
+) -> None:
+    graph = dataclasses.replace(graph, layouts=LAYOUTS, unpadded=frozenset(unpadded))
     plan = plan_region(graph, cost, emit)
     assert plan.reason
     if plan.decision == "dense":

@@ -228,6 +228,33 @@ class TestProof:
             fault = prove_structure(original(), after, Decomposition(0.01, stacked))[0]
             assert (fault is None) if told is None else (told in str(fault))
 
+    def test_padding_of_a_convolution_that_is_not_zero(self) -> None:
+        """Two groups of (3, 2) channels, of which the first one needs two rows."""
+        kernel = np.zeros((4, 3, 1, 1), np.float32)
+        kernel[:2, :2, 0, 0], kernel[2:, :, 0, 0] = WEIGHT[:2, :2].T, WEIGHT[2:, 2:].T
+        for padding, told in ((0.0, None), (0.5, "block 'w.0' holds entries that are no part")):
+            kernel[1, 2] = padding
+            after = rewritten()
+            decomposition = read_decomposition(after.proto, "after")
+            assert decomposition is not None
+            site = decomposition.sites["product"]
+            parts = tuple(
+                dataclasses.replace(
+                    block,
+                    initializer="w.0",
+                    transposed=True,
+                    stored_rows=np.arange(block.rows.size),
+                    stored_columns=2 * n + np.arange(2),
+                )
+                for n, block in enumerate(site.blocks)
+            )
+            next(t for t in after.proto.graph.initializer if t.name == "w.0").CopyFrom(
+                numpy_helper.from_array(kernel, "w.0")
+            )
+            grouped = {"product": dataclasses.replace(site, blocks=parts)}
+            fault = prove_structure(original(), after, Decomposition(0.01, grouped))[0]
+            assert (fault is None) if told is None else (told in str(fault))
+
     def test_a_tensor_that_was_not_rewritten(self) -> None:
         fault = prove(original(), rewritten(other=1.0000001))
         assert fault == "tensor 'other', which was not rewritten, is not the original's"
