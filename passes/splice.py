@@ -25,7 +25,10 @@ __all__ = ["ORIGIN_KEY", "Fresh", "Placed", "constant_nodes", "splice", "with_no
 ORIGIN_KEY = "onnx_decompose.from"
 """Node metadata: the name of the node that a rewritten node stands for."""
 
-_CONSTANT_PRODUCERS = {"Constant", "Identity", "Transpose"}
+_CONSTANT_PRODUCERS = {
+    *("Concat", "Constant", "ConstantOfShape", "Expand", "Identity", "Reshape", "Shape"),
+    *("Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
+}
 
 
 class Fresh:
@@ -60,7 +63,8 @@ class Placed:
     Attributes:
         node: in the graph IR.
         place: index of the original node whose place it takes.
-        source: the original node that it is a copy of, whose attributes and metadata it keeps; None for helpers.
+        source: the original node that it is a copy of, whose metadata it keeps, and those of its attributes that
+            the new node does not have; None for helpers.
     """
 
     node: gs.Node
@@ -156,6 +160,8 @@ def _export(item: Placed) -> onnx.NodeProto:
     copy.name = node.name
     copy.input[:] = node.input
     copy.output[:] = node.output
+    _delete(copy.attribute, "name", {attribute.name for attribute in node.attribute})
+    copy.attribute.extend(node.attribute)
     if ORIGIN_KEY not in {entry.key for entry in copy.metadata_props}:
         copy.metadata_props.add(key=ORIGIN_KEY, value=item.source.name or item.source.output[0])
     return copy
