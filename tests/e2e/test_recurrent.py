@@ -143,21 +143,41 @@ def test_noise_around_the_groups_is_removed_within_the_budget(
     assert (np.abs(stored) < 0.01).any()
 
 
-def test_a_recurrent_operator_beside_a_network(command: Command, tmp_path: Path) -> None:
-    """Regions and recurrent operators of one model are rewritten together."""
-    rng = np.random.default_rng(9)
-    planted = plant(Recipe("RNN", outputs=("Y_h",)), rng)
+def with_head(planted: Planted, rng: np.random.Generator) -> onnx.ModelProto:
+    """The model with a MatMul of two blocks behind Y_h."""
     model = planted.model
     blocks = np.kron(np.eye(2), rng.uniform(0.5, 1, (9, 4))).astype(np.float32)
     model.graph.initializer.append(numpy_helper.from_array(blocks, "head"))
     model.graph.node.append(onnx.helper.make_node("MatMul", ["Y_h", "head"], ["z"], "head"))
     shape: list[str | int | None] = [1, "batch", 8]
     model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, shape))
+    return model
+
+
+def test_a_recurrent_operator_beside_a_network(command: Command, tmp_path: Path) -> None:
+    """Regions and recurrent operators of one model are rewritten together."""
+    rng = np.random.default_rng(9)
+    model = with_head(plant(Recipe("RNN", outputs=("Y_h",)), rng), rng)
     rewritten, report = rewrite(command, model, tmp_path, *SPLIT)
     assert [site["name"] for site in report["sites"]] == ["rnn.W", "rnn.R", "head"]
     assert [site["decision"] for site in report["sites"]] == ["split"] * 3
     assert report["summary"]["substructures"] == 5
     assert decomposition(rewritten)["sites"].keys() == {"rnn.W", "rnn.R", "head"}
+
+
+def test_where_the_model_is_slower_recurrent_operators_are_left_dense_first(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts: list[str | None] = ["slower at batch 1: 0.50x", None]
+    monkeypatch.setattr("onnx_decompose.pipeline.slowdown", lambda _: verdicts.pop(0))
+    rng = np.random.default_rng(9)
+    model = with_head(plant(Recipe("RNN", outputs=("Y_h",)), rng), rng)
+    options = ("--emit", "split", "--batch", "1")
+    rewritten, report = rewrite(command, model, tmp_path, *options)
+    decisions = {site["name"]: site["decision"] for site in report["sites"]}
+    assert decisions == {"rnn.W": "dense", "rnn.R": "dense", "head": "split"}
+    assert "left dense: the model was slower at batch 1: 0.50x" in report["sites"][0]["reason"]
+    assert [n.op_type for n in rewritten.graph.node].count("RNN") == 1
 
 
 @pytest.mark.parametrize("place", ["block", "between", "bias"])
