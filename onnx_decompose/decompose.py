@@ -11,6 +11,7 @@ import numpy as np
 from onnx_decompose.analysis.anneal import anneal, fill, unify
 from onnx_decompose.biases import absorbable, find_biases, region_in
 from onnx_decompose.copies import find_copies
+from onnx_decompose.decompose_recurrent import RecurrentAttempt, attempt_recurrent
 from onnx_decompose.folding import fold_region
 from onnx_decompose.metadata import Decomposition, FoldedBias, SiteBlocks, digest
 from onnx_decompose.passes.replace_weights import ReplaceWeights
@@ -48,8 +49,9 @@ class Attempt:
         study: the model.
         evidence: of each site by name.
         criterion: the criterion at its level.
-        selections: supported entries of each site by name.
+        selections: supported entries of each site and recurrent weight by name.
         plans: each region, or the parts it was cut into, with its plan.
+        recurrent: the recurrent sites and their plans.
         added: what folded constant units add to the products of rewritten sites, (N,) float64 by name; see
             ``folding.Folding``.
         absorbed: how many per-unit scales and shifts go into weight and bias of rewritten sites, by name.
@@ -60,8 +62,14 @@ class Attempt:
     criterion: Criterion
     selections: Mapping[str, Selection]
     plans: tuple[tuple[Region, RegionPlan], ...]
+    recurrent: RecurrentAttempt
     added: Mapping[str, NDArray[np.float64]]
     absorbed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def takes_apart(self) -> bool:
+        """Whether anything is rewritten."""
+        return bool(self.rewrites or self.recurrent.rewrites)
 
     @property
     def rewrites(self) -> tuple[tuple[Region, RegionPlan], ...]:
@@ -70,13 +78,14 @@ class Attempt:
 
     @property
     def substructures(self) -> int:
-        """Components of the regions that are rewritten."""
-        return sum(plan.components.count for _, plan in self.rewrites)
+        """Components of the regions, and sets of units of the recurrent sites, that are rewritten."""
+        regions = sum(plan.components.count for _, plan in self.rewrites)
+        return regions + self.recurrent.substructures
 
     @property
     def weights_after(self) -> int:
         """Entries that all sites together store after the rewrite."""
-        after = sum(site.size for site in self.study.sites)
+        after = sum(site.size for site in self.study.sites) + self.recurrent.weights_after
         for region, plan in self.rewrites:
             for site in region.sites:
                 source, target = region.axis_of[site.input], region.axis_of[site.output]
@@ -87,7 +96,8 @@ class Attempt:
     @property
     def is_exact(self) -> bool:
         """Whether rewritten sites lose nothing but exact zeros, and no row or column is put in another's place."""
-        return all(self.keeps_weights(region, plan) for region, plan in self.rewrites)
+        regions = all(self.keeps_weights(region, plan) for region, plan in self.rewrites)
+        return regions and self.recurrent.is_exact
 
     def keeps_weights(self, region: Region, plan: RegionPlan) -> bool:
         """Whether ``region`` loses nothing but exact zeros, and no row or column is put in another's place."""
@@ -174,7 +184,7 @@ def attempt(
     A maximal region that stays whole is tried again site by site: one dense site hides the structure of the others.
     """
     selections = {
-        site.name: criterion.select(evidence[site.name], rng=rng) for site in study.sites
+        site.name: criterion.select(evidence[site.name], rng=rng) for site in study.weights
     }
     plans: list[tuple[Region, RegionPlan]] = []
     added: dict[str, NDArray[np.float64]] = {}
@@ -188,7 +198,11 @@ def attempt(
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
         plans.extend(parts if apart else [(region, whole)])
-    return absorbing(Attempt(study, evidence, criterion, selections, tuple(plans), added))
+    masks = {name: selection.mask for name, selection in selections.items()}
+    recurrent = attempt_recurrent(study, masks, cost, emit)
+    return absorbing(
+        Attempt(study, evidence, criterion, selections, tuple(plans), recurrent, added)
+    )
 
 
 def absorbing(tried: Attempt) -> Attempt:
@@ -225,7 +239,8 @@ def annealed_model(tried: Attempt) -> Model:
         for site, weight in tried.annealed()
         if not np.array_equal(weight, tried.study.weight(site))
     }
-    return ReplaceWeights(changed, tried.biases(), tried.absorbing)(tried.study.model).model
+    replacing = ReplaceWeights(changed, tried.biases(), tried.absorbing)
+    return tried.recurrent.annealed(replacing(tried.study.model).model)
 
 
 def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
@@ -249,7 +264,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         shapes=dense.shapes,
         orders=numbering.orders,
     )
-    model = rewriting(folded).model
+    model, recurrent = tried.recurrent.rewritten(rewriting(folded).model)
     folded_biases = {
         # An emitter that did not note where a bias went fails claim A.
         site.name: FoldedBias(
@@ -281,7 +296,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         for site in tried.study.sites
         if site.name in rewriting.record and site.name not in sites
     }
-    return model, Decomposition(budget, sites, rewriting.reordered)
+    return model, Decomposition(budget, sites | recurrent, rewriting.reordered)
 
 
 def _plan_whole(

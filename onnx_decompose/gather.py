@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_decompose.analysis.evidence import Evidence, gather_evidence
+from onnx_decompose.analysis.record import Prior
 from onnx_decompose.errors import ModelError, OptionError
 from onnx_decompose.priors import prior_for, read_records, read_second_moments, read_snapshot
+from onnx_decompose.recurrent import RecurrentWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,16 +53,19 @@ def gather_all(study: Study, options: Options, null: str | None = None) -> dict[
     configured = {pattern: files.read(spec) for pattern, spec in globs.items()}
     records = _records(study.model)
     evidence: dict[str, Evidence] = {}
-    for site in study.sites:
+    for site in study.weights:
         source = _configured(site, configured) or asked
-        prior = prior_for(
-            site.tensor,
-            site.shape,
-            site.transposed,
-            records=records,
-            snapshot=source.snapshot,
-            second_moments=source.second_moments,
-        )
+        if isinstance(site, RecurrentWeight):
+            prior = _recurrent_prior(site, source.spec)
+        else:
+            prior = prior_for(
+                site.tensor,
+                site.shape,
+                site.transposed,
+                records=records,
+                snapshot=source.snapshot,
+                second_moments=source.second_moments,
+            )
         evidence[site.name] = gather_evidence(study.weight(site), source.spec, prior)
     return evidence
 
@@ -127,7 +132,18 @@ def read_null_config(path: Path) -> dict[str, str]:
     return nulls
 
 
-def _configured(site: Site, globs: Mapping[str, _Source]) -> _Source | None:
+def _recurrent_prior(weight: RecurrentWeight, spec: str) -> Prior:
+    """What is known of a recurrent weight: its shape alone.
+
+    Frameworks order the gates in other ways than the ONNX standard, so no record, snapshot or optimizer state is taken
+    to be in this weight's order.
+    """
+    inputs, outputs = weight.shape
+    # torch draws all weights of its recurrent modules from U(-1/sqrt(H), 1/sqrt(H)), H the hidden size.
+    return Prior(fan_in=weight.hidden if spec == "torch" else inputs, fan_out=outputs)
+
+
+def _configured(site: Site | RecurrentWeight, globs: Mapping[str, _Source]) -> _Source | None:
     """The null of the first glob that matches the site's tensor or node."""
     for pattern, source in globs.items():
         if fnmatch.fnmatchcase(site.tensor, pattern) or fnmatch.fnmatchcase(site.name, pattern):

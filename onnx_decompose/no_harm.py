@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from onnx_decompose.plan import RegionPlan
     from onnx_decompose.region_bench import RegionBench
 
-__all__ = ["MOST_TRIES", "region_timings", "short_settings", "without_harmful"]
+__all__ = [
+    "MOST_TRIES",
+    "region_timings",
+    "short_settings",
+    "without_harmful",
+    "without_recurrent",
+]
 
 MOST_TRIES = 4
 """Models that are made and timed, the first one included."""
@@ -75,6 +81,25 @@ def without_harmful(tried: Attempt, timings: Mapping[str, Timing], harm: str) ->
         for region, plan in tried.plans
     )
     return dataclasses.replace(tried, plans=plans)
+
+
+def without_recurrent(tried: Attempt, harm: str) -> Attempt:
+    """The attempt with the half of its rewritten recurrent operators left dense that is predicted to gain least.
+
+    They are not timed alone.
+    """
+    costs = sorted((plan.relative_cost for _, plan in tried.recurrent.rewrites), reverse=True)
+    most = costs[math.ceil(len(costs) / 2) - 1]
+    cause = f"left dense: the model was {harm}, and this operator is predicted to gain little"
+    plans = tuple(
+        (site, dataclasses.replace(plan, decision="dense", reason=f"{plan.reason}; {cause}"))
+        if plan.decision != "dense" and plan.relative_cost >= most
+        else (site, plan)
+        for site, plan in tried.recurrent.plans
+    )
+    return dataclasses.replace(
+        tried, recurrent=dataclasses.replace(tried.recurrent, plans=plans)
+    )
 
 
 def _dense(plan: RegionPlan, cause: str) -> RegionPlan:

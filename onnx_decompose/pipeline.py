@@ -31,7 +31,13 @@ from onnx_decompose.model_io import (
     model_files,
     save_model,
 )
-from onnx_decompose.no_harm import MOST_TRIES, region_timings, short_settings, without_harmful
+from onnx_decompose.no_harm import (
+    MOST_TRIES,
+    region_timings,
+    short_settings,
+    without_harmful,
+    without_recurrent,
+)
 from onnx_decompose.options import Options, ProviderChoice
 from onnx_decompose.region_bench import RegionBench
 from onnx_decompose.samples import load_inputs
@@ -138,13 +144,18 @@ def rewrite(
     output = None if output is None else Path(output)
     if output is not None:
         check_output(output, inputs=model_files(study.model))
-    logger.info("%d sites in %d regions", len(study.sites), len(study.regions))
+    logger.info(
+        "%d sites in %d regions, %d recurrent operators",
+        len(study.sites),
+        len(study.regions),
+        len(study.recurrent),
+    )
     provider = resolve_provider(options.provider)
     inputs = _inputs(study.model, options)
     tried, refusal = _anneal_within_budget(study, options, inputs, provider)
     if options.autotune and refusal is None:
         tried = _autotune(tried, provider, options)
-    if refusal is not None or not tried.rewrites:
+    if refusal is not None or not tried.takes_apart:
         return _unchanged(tried, output, options, Measured(), refusal)
     made = _make(tried, inputs, provider, options)
     harm = None if options.force else slowdown(made.timing)
@@ -299,10 +310,10 @@ def _anneal_within_budget(
     asked: Attempt | None = None
     refusal: str | None = None
     for evidence, criterion in _levels(study, options):
-        logger.info("%s: testing %d weights", criterion.name, len(study.sites))
+        logger.info("%s: testing %d weights", criterion.name, len(study.weights))
         tried = _attempt(study, evidence, criterion, options, cost)
         asked = asked or tried
-        if not tried.rewrites:
+        if not tried.takes_apart:
             continue
         if tried.is_exact:
             return tried, None
@@ -335,7 +346,11 @@ def _autotune(tried: Attempt, provider: Provider, options: Options) -> Attempt:
 def _make(tried: Attempt, inputs: Inputs, provider: Provider, options: Options) -> _Made:
     """The rewritten model, proved and timed."""
     original = tried.study.model
-    logger.info("writing %d regions as branches", len(tried.rewrites))
+    logger.info(
+        "writing %d regions as branches, %d recurrent operators as smaller ones",
+        len(tried.rewrites),
+        len(tried.recurrent.rewrites),
+    )
     model = _rewrite(tried, options)
     return _Made(
         tried,
@@ -349,20 +364,24 @@ def _make(tried: Attempt, inputs: Inputs, provider: Provider, options: Options) 
 def _without_harm(
     made: _Made, harm: str, inputs: Inputs, provider: Provider, options: Options
 ) -> tuple[_Made, str | None]:
-    """A model that leaves the regions dense that do not pay.
+    """A model that leaves dense what does not pay: recurrent operators first, then regions.
 
     Returns:
         The model, and None; or the last one tried, and what is still against it.
     """
     timings: Mapping[str, Timing] = {}
     for _ in range(MOST_TRIES - 1):
-        if len(made.tried.rewrites) == 1:
+        tried = made.tried
+        if len(tried.rewrites) + len(tried.recurrent.rewrites) == 1:
             break
-        if not timings:
-            logger.info("the model is %s: timing its regions alone", harm)
-            timings = _time_regions(made.tried, provider, options)
-        smaller = without_harmful(made.tried, timings, harm)
-        if not smaller.rewrites:
+        if tried.recurrent.rewrites:
+            smaller = without_recurrent(tried, harm)
+        else:
+            if not timings:
+                logger.info("the model is %s: timing its regions alone", harm)
+                timings = _time_regions(tried, provider, options)
+            smaller = without_harmful(tried, timings, harm)
+        if not smaller.takes_apart:
             return dataclasses.replace(made, tried=smaller), harm
         try:
             made = _make(smaller, inputs, provider, options)

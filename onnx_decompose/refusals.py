@@ -114,7 +114,9 @@ class _Scope:
 
 
 def find_refusals(model: Model, constants: Constants) -> tuple[Refusal, ...]:
-    """Weight-holding nodes other than MatMul and Gemm of the main graph, in graph order, and why each is left alone.
+    """Weight-holding nodes that no other module looks at, in graph order, and why each is left alone.
+
+    Others look at MatMul, Gemm and the recurrent operators of the main graph.
 
     Args:
         model: the model.
@@ -136,11 +138,11 @@ def _in_graph(graph: onnx.GraphProto, scope: _Scope) -> Iterator[Refusal]:
 
 
 def _reason(node: onnx.NodeProto, scope: _Scope) -> str | None:
-    """Why ``node`` is left alone; None where it holds no weight, or ``sites`` decides."""
+    """Why ``node`` is left alone; None where it holds no weight, or others decide."""
     function = scope.functions.get((node.domain, node.op_type))
     if function is not None:
         return _call_reason(node, function, scope)
-    if is_standard(node) and node.op_type in _PRODUCTS:
+    if is_standard(node) and node.op_type in _PRODUCTS | _RECURRENT:
         return _product_reason(node, scope) if scope.owner else None
     if not scope.known.intersection(node.input):
         return None
@@ -157,7 +159,7 @@ def _fused_reason(node: onnx.NodeProto) -> str | None:
 
 
 def _product_reason(node: onnx.NodeProto, scope: _Scope) -> str | None:
-    """Why a MatMul or Gemm in a subgraph is left alone."""
+    """Why a product or a recurrent operator in a subgraph is left alone."""
     if any(name in scope.known for name in node.input[:2]):
         return "it is inside a subgraph; only the main graph is rewritten"
     if scope.states.intersection(node.input[1:2]):
@@ -176,8 +178,6 @@ def _standard_reason(node: onnx.NodeProto, known: frozenset[str]) -> str | None:
         if set(attribute_values(node).get("kernel_shape", (0,))) == {1}:
             return "a 1x1 convolution; it is not written as a grouped one"
         return "a convolution; channels are not taken apart"
-    if node.op_type in _RECURRENT:
-        return "a recurrent operator; its gates and state are not taken apart"
     return None
 
 

@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.constants import Constants
 from onnx_decompose.plan import StateGraph
+from onnx_decompose.recurrent import (
+    RecurrentSite,
+    RecurrentWeight,
+    find_recurrent,
+)
 from onnx_decompose.refusals import find_refusals
 from onnx_decompose.regions import Region, find_regions, single_site_regions
 from onnx_decompose.shapes import Dim, infer_shapes, opset_of
@@ -40,6 +45,7 @@ class Study:
         regions: the maximal regions; every site is in exactly one.
         alone: by site name, the site as a region of its own.
         spaces: the unit spaces that may be renumbered.
+        recurrent: the recurrent sites, in graph order; they are in no region.
     """
 
     model: Model
@@ -50,9 +56,25 @@ class Study:
     regions: tuple[Region, ...]
     alone: Mapping[str, Region]
     spaces: tuple[UnitSpace, ...]
+    recurrent: tuple[RecurrentSite, ...] = ()
 
-    def weight(self, site: Site) -> NDArray[Any]:
+    @property
+    def weights(self) -> tuple[Site | RecurrentWeight, ...]:
+        """Every weight that is tested, in graph order; their names are unique."""
+        found: list[tuple[int, tuple[Site | RecurrentWeight, ...]]] = [
+            *((site.node, (site,)) for site in self.sites),
+            *((site.node, site.all_weights) for site in self.recurrent),
+        ]
+        return tuple(
+            weight
+            for _, weights in sorted(found, key=lambda item: item[0])
+            for weight in weights
+        )
+
+    def weight(self, site: Site | RecurrentWeight) -> NDArray[Any]:
         """The weight of a site, (K, N)."""
+        if isinstance(site, RecurrentWeight):
+            return site.array
         return site_weight(site, self.constants)
 
     def parts(self, region: Region) -> tuple[Region, ...]:
@@ -73,7 +95,8 @@ def study_model(model: Model) -> Study:
     sites, refused = find_sites(model, constants)
     check_finite(model, sites, constants)
     regions: list[Region] = []
-    refusals = [*refused, *find_refusals(model, constants)]
+    recurrent, refused_cells = find_recurrent(model, constants)
+    refusals = [*refused, *refused_cells, *find_refusals(model, constants)]
     for region in find_regions(model.proto.graph, sites, constants, shapes):
         reason = _refuse(model, region, shapes)
         if reason is None:
@@ -89,7 +112,15 @@ def study_model(model: Model) -> Study:
     }
     spaces = find_unit_spaces(model.proto.graph, sites, constants, shapes)
     return Study(
-        model, constants, shapes, sites, tuple(refusals), tuple(regions), alone, spaces
+        model,
+        constants,
+        shapes,
+        sites,
+        tuple(refusals),
+        tuple(regions),
+        alone,
+        spaces,
+        recurrent,
     )
 
 

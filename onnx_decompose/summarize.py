@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_decompose.analysis.control import p_structure
 from onnx_decompose.analysis.criteria import make_criterion
-from onnx_decompose.analysis.structure import bipartite_components, condense
+from onnx_decompose.analysis.recurrence import unit_edges
+from onnx_decompose.analysis.structure import (
+    Edge,
+    bipartite_components,
+    condense,
+    state_components,
+)
 from onnx_decompose.decompose import Attempt, attempt
 from onnx_decompose.gather import gather_all
 from onnx_decompose.report import Alternative, RefusedNode, Report, SiteReport, Summary
 from onnx_decompose.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.bench import Timing
     from onnx_decompose.cost import CostModel
     from onnx_decompose.options import Options
     from onnx_decompose.plan import RegionPlan
+    from onnx_decompose.plan_recurrent import RecurrentPlan
+    from onnx_decompose.recurrent import RecurrentSite, RecurrentWeight
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
@@ -65,12 +75,19 @@ def report_on(
         others: what other nulls would give.
         refusal: why the attempt was not carried out after all; every site stays dense then.
     """
-    sites = tuple(
-        _site_report(tried, region, plan, position, refusal, options.seed)
-        for region, plan in tried.plans
-        for position in range(len(region.sites))
+    sites = (
+        *(
+            _site_report(tried, region, plan, position, refusal, options.seed)
+            for region, plan in tried.plans
+            for position in range(len(region.sites))
+        ),
+        *(
+            _recurrent_report(tried, site, plan, weight, refusal, options.seed)
+            for site, plan in tried.recurrent.plans
+            for weight in site.all_weights
+        ),
     )
-    order = {site.name: number for number, site in enumerate(tried.study.sites)}
+    order = {weight.name: number for number, weight in enumerate(tried.study.weights)}
     sites = tuple(sorted(sites, key=lambda site: order[site.name]))
     return Report(
         version=VERSION,
@@ -93,7 +110,6 @@ def summary_of(
     """The whole model in a few numbers."""
     before = sum(site.shape[0] * site.shape[1] for site in sites)
     after = sum(site.weights_after for site in sites)
-    rewrites = () if refusal else tried.rewrites
     return Summary(
         sites=len(sites),
         rewritten=sum(site.decision != "dense" for site in sites),
@@ -102,7 +118,7 @@ def summary_of(
         weights_after=after,
         flops_before=2 * before,
         flops_after=2 * after,
-        decomposable=bool(rewrites),
+        decomposable=tried.takes_apart and not refusal,
         reason=refusal or _reason(tried),
     )
 
@@ -112,7 +128,7 @@ def alternatives(
 ) -> Iterator[Alternative]:
     """What other nulls would give at the same criterion: predicted from the weights, nothing is run."""
     for null in _ALTERNATIVE_NULLS:
-        if null == options.null or not study.sites:
+        if null == options.null or not study.weights:
             continue
         evidence = gather_all(study, options, null)
         if null != "zero" and all(one.source == "zero" for one in evidence.values()):
@@ -125,7 +141,7 @@ def alternatives(
             emit=options.emit,
             rng=np.random.default_rng(options.seed),
         )
-        entries = sum(site.size for site in study.sites)
+        entries = sum(site.size for site in study.weights)
         supported = sum(np.count_nonzero(one.mask) for one in tried.selections.values())
         yield Alternative(
             null=null,
@@ -145,21 +161,16 @@ def _site_report(
     seed: int,
 ) -> SiteReport:
     site: Site = region.sites[position]
-    selection, evidence = tried.selections[site.name], tried.evidence[site.name]
+    selection = tried.selections[site.name]
     alone = bipartite_components(selection.mask)
     square = condense(selection.mask) if site.shape[0] == site.shape[1] else None
     source, target = region.axis_of[site.input], region.axis_of[site.output]
-    null = (
-        evidence.null.name
-        if evidence.source == "zero"
-        else f"{evidence.source} {evidence.null.name}"
-    )
     report = SiteReport(
         name=site.name,
         op_type=site.op_type,
         shape=site.shape,
         region=region.name,
-        null=null,
+        null=_null_of(tried.evidence[site.name]),
         pi0=selection.pi0,
         pi0_interval=selection.pi0_interval,
         density=float(selection.mask.mean()),
@@ -172,19 +183,81 @@ def _site_report(
         blocks=tuple((b.units[source].size, b.units[target].size) for b in plan.branches),
         p_structure=_p_structure(selection.mask, np.random.default_rng(seed)),
     )
-    if refusal is None or plan.decision == "dense":
-        return report
-    return dataclasses.replace(
-        report, decision="dense", blocks=(), reason=f"{plan.reason}; {refusal}"
+    return _unless(refusal, report)
+
+
+def _recurrent_report(
+    tried: Attempt,
+    site: RecurrentSite,
+    plan: RecurrentPlan,
+    weight: RecurrentWeight,
+    refusal: str | None,
+    seed: int,
+) -> SiteReport:
+    """W or R of one direction; its edges are those between units, over all gates."""
+    selection = tried.selections[weight.name]
+    edges = unit_edges(selection.mask, weight.gates)
+    is_state = weight.operand == "R"
+    alone = (
+        state_components([weight.hidden], [Edge(0, 0, edges)])
+        if is_state
+        else bipartite_components(edges)
+    )
+    square = condense(edges) if is_state else None
+    return _unless(
+        refusal,
+        SiteReport(
+            name=weight.name,
+            op_type=site.cell,
+            shape=weight.shape,
+            region=site.name,
+            null=_null_of(tried.evidence[weight.name]),
+            pi0=selection.pi0,
+            pi0_interval=selection.pi0_interval,
+            density=float(selection.mask.mean()),
+            components=alone.count,
+            isolated=alone.isolated,
+            sccs=None if square is None else square.sccs,
+            layers=None if square is None else square.layers,
+            decision=plan.decision,
+            reason=plan.reason + (f" ({selection.note})" if selection.note else ""),
+            blocks=plan.blocks(weight.direction, weight.operand, weight.gates),
+            p_structure=_p_structure(
+                edges, np.random.default_rng(seed), _sccs if is_state else _pieces
+            ),
+        ),
     )
 
 
-def _p_structure(mask: NDArray[np.bool_], rng: np.random.Generator) -> float | None:
+def _unless(refusal: str | None, report: SiteReport) -> SiteReport:
+    """The report on a site that stays dense after all where there is a refusal."""
+    if refusal is None or report.decision == "dense":
+        return report
+    return dataclasses.replace(
+        report, decision="dense", blocks=(), reason=f"{report.reason}; {refusal}"
+    )
+
+
+def _null_of(evidence: Evidence) -> str:
+    if evidence.source == "zero":
+        return evidence.null.name
+    return f"{evidence.source} {evidence.null.name}"
+
+
+def _p_structure(
+    mask: NDArray[np.bool_],
+    rng: np.random.Generator,
+    statistic: Callable[[NDArray[np.bool_]], float] | None = None,
+) -> float | None:
     """How often the same number of entries, placed at random, falls into as many pieces; None for a huge mask."""
     draws = min(199, _SHUFFLED_ENTRIES // mask.size)
     if draws < _FEWEST_DRAWS:
         return None
-    return p_structure(mask, _pieces, rng=rng, most_draws=draws).pvalue
+    return p_structure(mask, statistic or _pieces, rng=rng, most_draws=draws).pvalue
+
+
+def _sccs(mask: NDArray[np.bool_]) -> float:
+    return float(condense(mask).sccs)
 
 
 def _pieces(mask: NDArray[np.bool_]) -> float:
@@ -194,16 +267,29 @@ def _pieces(mask: NDArray[np.bool_]) -> float:
 
 def _reason(tried: Attempt) -> str:
     """One sentence on the whole model."""
-    if not tried.study.sites:
-        return "the model has no MatMul or Gemm with a constant weight"
+    if not tried.study.weights:
+        return "the model has no MatMul or Gemm with a constant weight, and no such recurrent operator"
+    if tried.takes_apart:
+        return (
+            f"{_count(tried.substructures, 'substructure')} in {' and '.join(_places(tried))}"
+        )
+    sizes = [
+        *((sum(region.axis_sizes), region.name, plan.reason) for region, plan in tried.plans),
+        *((site.hidden, site.name, plan.reason) for site, plan in tried.recurrent.plans),
+    ]
+    _, name, reason = max(sizes, key=operator.itemgetter(0))
+    return f"no region can be taken apart; the largest ({name}): {reason}"
+
+
+def _places(tried: Attempt) -> Iterator[str]:
     if tried.rewrites:
         branches = sum(len(plan.branches) for _, plan in tried.rewrites)
-        return (
-            f"{_count(tried.substructures, 'substructure')} in {_count(len(tried.rewrites), 'region')}, "
-            f"run as {_count(branches, 'branch', 'branches')}"
+        yield (
+            f"{_count(len(tried.rewrites), 'region')}, run as {_count(branches, 'branch', 'branches')}"
         )
-    region, plan = max(tried.plans, key=lambda item: sum(item[0].axis_sizes))
-    return f"no region can be taken apart; the largest ({region.name}): {plan.reason}"
+    if recurrent := tried.recurrent.rewrites:
+        cells = sum(len(one.cells) for _, plan in recurrent for one in plan.directions)
+        yield f"{_count(len(recurrent), 'recurrent operator')}, run as {cells} smaller ones"
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

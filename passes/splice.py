@@ -26,7 +26,8 @@ ORIGIN_KEY = "onnx_decompose.from"
 """Node metadata: the name of the node that a rewritten node stands for."""
 
 _CONSTANT_PRODUCERS = {
-    *("Cast", "Constant", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"),
+    *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Identity", "Reshape"),
+    *("Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
 }
 
 
@@ -66,7 +67,8 @@ class Placed:
         node: in the graph IR.
         place: index of the original node whose place it takes.
         source: the original node that it stands for, whose metadata it keeps; None for helpers.
-        is_copy: whether it is that node on other values, with the same operator and attributes.
+        is_copy: whether it is that node on other values, with the same operator, and with those of its attributes that
+            the new node does not have.
     """
 
     node: gs.Node
@@ -168,10 +170,11 @@ def _export(item: Placed) -> onnx.NodeProto:
     if not item.is_copy:
         copy.op_type = node.op_type
         del copy.attribute[:]
-        copy.attribute.extend(node.attribute)
     copy.name = node.name
     copy.input[:] = node.input
     copy.output[:] = node.output
+    _delete(copy.attribute, "name", {attribute.name for attribute in node.attribute})
+    copy.attribute.extend(node.attribute)
     if ORIGIN_KEY not in {entry.key for entry in copy.metadata_props}:
         copy.metadata_props.add(key=ORIGIN_KEY, value=item.source.name or item.source.output[0])
     return copy

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx.parser
 import pytest
-from onnx import numpy_helper
 
 from onnx_decompose.constants import Constants
 from onnx_decompose.model_io import Model
@@ -21,7 +19,6 @@ QUANTIZED = (
     "which is not written"
 )
 FUSED = "a fused operator of onnxruntime (com.microsoft); export the model without fusions"
-RECURRENT = "a recurrent operator; its gates and state are not taken apart"
 COMPUTED = "the weight is not stored as floats but computed from constants"
 
 
@@ -94,9 +91,9 @@ def graph(body: str, tensors: str = MATRIX, head: str = "float[B, 2] x") -> str:
             "a 1x1 convolution; it is not written as a grouped one",
         ),
         *(
-            (f"y = {op} <hidden_size = 1> (x, r, r)", "float[1, 1, 2] r = {0, 0}", RECURRENT)
+            (f"y = {op} <hidden_size = 1> (x, r, r)", "float[1, 1, 2] r = {0, 0}", None)
             for op in ("GRU", "LSTM", "RNN")
-        ),
+        ),  # recurrent.find_recurrent decides
     ],
 )
 def test_every_operator_that_is_left_alone(body: str, tensors: str, reason: str | None) -> None:
@@ -198,14 +195,3 @@ def test_a_call_of_a_function_without_weights_is_no_refusal() -> None:
     function = '<domain: "local", opset_import: ["": 21]> Twice (a) => (o) { o = Add(a, a) }'
     text = f"{graph('y = local.Twice(x)')} {function}"
     assert refused(text) == {}
-
-
-def test_an_overridable_weight_of_a_recurrent_operator_counts_too() -> None:
-    model = onnx.parser.parse_model(
-        f"{HEAD} g (float[T, B, 2] x, float[1, 1, 2] r) => (y) {{ y = RNN <hidden_size = 1> (x, r, r) }}"
-    )
-    model.graph.initializer.append(
-        numpy_helper.from_array(np.zeros((1, 1, 2), np.float32), "r")
-    )
-    found = Model(model)
-    assert [r.reason for r in find_refusals(found, Constants(found))] == [RECURRENT]

@@ -307,6 +307,40 @@ class TestClaimA:
         del after.proto.graph.output[0].type.tensor_type.shape.dim[:]
         assert not claim(original(), after)
 
+    @staticmethod
+    def wave(source: Model, factors: Sequence[float]) -> Model:
+        """``source`` with y = sin(y * factors[0] * factors[1] ...): it makes much of the last bits of its inputs."""
+        graph = source.proto.graph
+        graph.node[-1].output[0] = "s0"
+        for number, factor in enumerate(factors):
+            graph.initializer.append(
+                numpy_helper.from_array(np.array(factor, np.float32), f"f{factor}")
+            )
+            graph.node.append(
+                helper.make_node(
+                    "Mul", [f"s{number}", f"f{factor}"], [f"s{number + 1}"], f"times{number}"
+                )
+            )
+        graph.node.append(helper.make_node("Sin", [f"s{len(factors)}"], ["y"], "sine"))
+        return source
+
+    def test_no_less_is_asked_than_the_last_bits_of_the_inputs_make(self) -> None:
+        """sin(300 h) turns a rounding error of h into one 1e4 times as large, in whatever order h is added up."""
+        before = self.wave(original(), [300.0])
+        found = claim(before, self.wave(rewritten(), [3.0, 100.0]))
+        assert found.error > Tolerance.for_dtype(np.dtype(np.float32)).rtol
+        assert found
+
+    def test_more_than_the_last_bits_still_fails(self) -> None:
+        before = self.wave(original(), [300.0])
+        found = claim(before, self.wave(rewritten(), [3.0, 100.01]))
+        assert not found
+        assert "random inputs 1" in found.reason
+
+    def test_a_tolerance_of_the_user_s_is_kept_to_the_letter(self) -> None:
+        before, after = self.wave(original(), [300.0]), self.wave(rewritten(), [3.0, 100.0])
+        assert not claim(before, after, tolerance=Tolerance(1e-4))
+
 
 class TestTolerance:
     @pytest.mark.parametrize(
