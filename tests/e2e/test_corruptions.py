@@ -115,10 +115,12 @@ def edit_entry(site: str, change: Callable[[Any], Any]) -> Corruption:
 
 
 def edit_tensor(name: str, change: Callable[[Any], Any]) -> Corruption:
-    """Change one entry of a tensor that was not rewritten."""
+    """Change one entry of a tensor that was not rewritten; its units may stand in a new order."""
 
     def corrupt(model: onnx.ModelProto, rng: np.random.Generator) -> None:
-        changed(model, name, nudge(array_of(model, name), rng, change))
+        stored = {tensor.name for tensor in model.graph.initializer}
+        held = name if name in stored else f"{name}.renumbered"
+        changed(model, held, nudge(array_of(model, held), rng, change))
 
     return corrupt
 
