@@ -184,7 +184,7 @@ class GroupedEmitter:
         if site.node not in self._folded:
             return None
         after = self._graph.node[self._folded[site.node]]
-        return next(name for name in after.input if name in self._constants)
+        return next(str(name) for name in after.input if name in self._constants)
 
     def _bias_of(self, name: str, site: Site, number: int) -> gs.Constant:
         """The bias ``name`` of a site in one stack."""
