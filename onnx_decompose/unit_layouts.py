@@ -83,7 +83,7 @@ def stack_form(
     rank = survey.ranks().pop()
     flat = survey.flat()
     layouts: set[StackLayout] = {"rows"}
-    types = {constants[site.weight].tensor.data_type for site in region.sites}
+    types = {constants[site.weight].data_type for site in region.sites}
     # onnxruntime has products of no rows, and no convolutions of them.
     counting = any(node.op_type in _COUNTING for node in graph.node)
     if types <= _CONVOLVED and (rank <= 3 or flat is not None) and not counting:

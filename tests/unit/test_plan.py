@@ -84,9 +84,9 @@ def check(graph: StateGraph, plan: RegionPlan) -> None:
     if plan.grouping is not None:
         stacks = [stack for stack in plan.grouping.stacks for _ in range(stack.count)]
         for branch, stack in zip(plan.branches, stacks, strict=True):
-            for axis, (own, size) in enumerate(zip(branch.units, stack.sizes, strict=True)):
-                assert own.size <= size
-                assert own.size == size or axis not in graph.unpadded
+            for axis, (part, size) in enumerate(zip(branch.units, stack.sizes, strict=True)):
+                assert part.size <= size
+                assert part.size == size or axis not in graph.unpadded
     for edge, mask in zip(graph.edges, plan.masks, strict=True):
         inside = np.zeros_like(mask)
         for branch in plan.branches:
