@@ -138,7 +138,7 @@ def _name(item: Any) -> str:
 
 def _bytes(value: Any) -> list[Any]:
     """A field's content in a form that compares: serialized messages, or plain values."""
-    items = [value] if isinstance(value, str | int) else list(value)
+    items: list[Any] = [value] if isinstance(value, str | int) else list(value)
     return [
         item.SerializeToString(deterministic=True)
         if hasattr(item, "SerializeToString")
