@@ -274,7 +274,9 @@ class TestExternalData:
                     assert (folders[1] / entry.value).is_file()
                     assert "/" not in entry.value
                     assert ".." not in entry.value
-        dense = array_of(onnx.load(output), "dense.weight.renumbered")  # its rows in a new order
+        dense = array_of(
+            onnx.load(output), "dense.weight.renumbered"
+        )  # its rows in a new order
         np.testing.assert_array_equal(
             np.sort(dense, axis=0), np.sort(array_of(model, "dense.weight"), axis=0)
         )
