@@ -118,8 +118,7 @@ class CostModel:
             flop_rate *= self.half_flop_rate / self.flop_rate
         flops = 2 * count * rows * inputs * outputs
         moved = itemsize * count * (inputs * outputs + rows * (inputs + outputs))
-        longer = cast("Units", np.maximum(flops / flop_rate, moved / self.byte_rate))
-        return longer
+        return cast("Units", np.maximum(flops / flop_rate, moved / self.byte_rate))
 
 
 CPU = CostModel(
