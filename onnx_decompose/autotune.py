@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from onnx_decompose.cost import CostModel
     from onnx_decompose.decompose import Attempt
-    from onnx_decompose.plan import Emit, RegionPlan
+    from onnx_decompose.plan import RegionPlan
     from onnx_decompose.region_bench import RegionBench
     from onnx_decompose.regions import Region
+    from onnx_decompose.state_graph import Emit
 
 __all__ = ["autotuned"]
 

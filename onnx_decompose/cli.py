@@ -22,8 +22,8 @@ from onnx_decompose.console import (
 from onnx_decompose.errors import ClaimError, DecomposeError, OptionError
 from onnx_decompose.model_io import check_output, save_model
 from onnx_decompose.options import Options, ProviderChoice
-from onnx_decompose.plan import Emit
 from onnx_decompose.report import validation_json, write_json
+from onnx_decompose.state_graph import Emit
 from onnx_decompose.version import VERSION
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from onnx_decompose.cost import CostModel
     from onnx_decompose.metadata import Annealing
     from onnx_decompose.model_io import Model
-    from onnx_decompose.plan import Emit
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
+    from onnx_decompose.state_graph import Emit
     from onnx_decompose.study import Study
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from onnx_decompose.cost import CostModel
     from onnx_decompose.model_io import Model
-    from onnx_decompose.plan import Emit
     from onnx_decompose.recurrent import RecurrentSite, RecurrentWeight
+    from onnx_decompose.state_graph import Emit
     from onnx_decompose.study import Study
 
 __all__ = ["RecurrentAttempt", "attempt_recurrent"]

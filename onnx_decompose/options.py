@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Literal, get_args
 
 from onnx_decompose.errors import OptionError
-from onnx_decompose.plan import Emit
+from onnx_decompose.state_graph import Emit
 
 if TYPE_CHECKING:
     from pathlib import Path

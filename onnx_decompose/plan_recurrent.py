@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.recurrence import UnitGraph
     from onnx_decompose.analysis.structure import Condensation
     from onnx_decompose.cost import CostModel
-    from onnx_decompose.plan import Emit
+    from onnx_decompose.state_graph import Emit
 
     BoolArray = NDArray[np.bool_]
     IntArray = NDArray[np.intp]

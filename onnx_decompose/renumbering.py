@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_decompose.plan import Branch, common_order
+from onnx_decompose.borders import common_order
+from onnx_decompose.state_graph import Branch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.constants import Constants
-from onnx_decompose.plan import StateGraph
 from onnx_decompose.recurrent import (
     RecurrentSite,
     RecurrentWeight,
@@ -17,6 +16,7 @@ from onnx_decompose.refusals import find_refusals
 from onnx_decompose.regions import Region, find_regions, single_site_regions
 from onnx_decompose.shapes import Dim, infer_shapes, opset_of
 from onnx_decompose.sites import Refusal, Site, check_finite, find_sites, site_weight
+from onnx_decompose.state_graph import StateGraph
 from onnx_decompose.unit_layouts import fused_nodes, stack_form
 from onnx_decompose.unit_spaces import UnitSpace, find_unit_spaces
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_decompose.borders import gathered_order, layout_of
 from onnx_decompose.metadata import Block
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.plan import Branch, gathered_order, layout_of
 from onnx_decompose.sites import attribute_values
+from onnx_decompose.state_graph import Branch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

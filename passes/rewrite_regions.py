@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from onnx_decompose.metadata import Block, Reordered
     from onnx_decompose.passes.branches import Emitter
     from onnx_decompose.passes.renumber import Orders
-    from onnx_decompose.plan import Decision, RegionPlan
+    from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
     from onnx_decompose.shapes import Dim
     from onnx_decompose.sites import Site
+    from onnx_decompose.state_graph import Decision
 
 __all__ = ["RewriteRegions"]
 

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.metadata import Block, Reordered
-    from onnx_decompose.plan import Emit, RegionPlan
+    from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
     from onnx_decompose.stacks import StackLayout
+    from onnx_decompose.state_graph import Emit
     from onnx_decompose.study import Study
 
     Array = NDArray[Any]

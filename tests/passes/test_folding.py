@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.criteria import Criterion
     from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.metadata import Decomposition
-    from onnx_decompose.plan import Emit
+    from onnx_decompose.state_graph import Emit
 
     Array = NDArray[Any]
 

@@ -18,7 +18,7 @@ from tests.passes.harness import blocks, check_parity, rewrite
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnx_decompose.plan import Emit
+    from onnx_decompose.state_graph import Emit
 
     Labels = NDArray[np.intp]
 

@@ -24,8 +24,8 @@ from tests.passes.recurrent_models import Planted, Recipe, feeds, network, plant
 
 if TYPE_CHECKING:
     from onnx_decompose.cost import CostModel
-    from onnx_decompose.plan import Emit
     from onnx_decompose.plan_recurrent import RecurrentPlan
+    from onnx_decompose.state_graph import Emit
 
 CELLS: tuple[CellType, ...] = ("RNN", "GRU", "LSTM")
 DIRECTIONS = ("forward", "reverse", "bidirectional")

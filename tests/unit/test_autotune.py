@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import onnx
 
     from onnx_decompose.cost import CostModel
-    from onnx_decompose.plan import Emit, RegionPlan
+    from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
+    from onnx_decompose.state_graph import Emit
 
 DEAR = dataclasses.replace(CPU, kernel=1.0)
 """A provider where one more operator costs more than all products: everything is predicted to be slower."""

@@ -9,7 +9,8 @@ import pytest
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.copies import Copies, find_copies
 from onnx_decompose.cost import CPU, CUDA
-from onnx_decompose.plan import RegionPlan, StateGraph, plan_region, plan_shared
+from onnx_decompose.plan import RegionPlan, plan_region, plan_shared
+from onnx_decompose.state_graph import StateGraph
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

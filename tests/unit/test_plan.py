@@ -10,17 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_decompose.analysis.structure import Edge
+from onnx_decompose.borders import common_order, gathered_order, layout_of
 from onnx_decompose.cost import CPU, CUDA, CostModel
-from onnx_decompose.plan import (
-    Emit,
-    RegionPlan,
-    StateGraph,
-    common_order,
-    gathered_order,
-    layout_of,
-    plan_region,
-)
+from onnx_decompose.plan import RegionPlan, plan_region
 from onnx_decompose.stacks import Grouping, Stack, StackLayout
+from onnx_decompose.state_graph import Emit, StateGraph
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,0 +1,129 @@
+"""Predicted seconds of a region as branches, as stacks, or with equal rows and columns computed once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_decompose.borders import gathered_order, is_run, layout_of
+from onnx_decompose.stacks import Border, StackWork
+from onnx_decompose.state_graph import everything
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from onnx_decompose.copies import Copies
+    from onnx_decompose.cost import CostModel
+    from onnx_decompose.stacks import Grouping
+    from onnx_decompose.state_graph import Branch, StateGraph
+
+    FloatArray = NDArray[np.float64]
+
+__all__ = ["predicted_seconds", "relative_cost", "shared_seconds"]
+
+
+def relative_cost(seconds: FloatArray, dense: FloatArray) -> float:
+    """Geometric mean over the batches: each counts the same."""
+    return float(np.exp(np.mean(np.log(seconds / dense))))
+
+
+def predicted_seconds(
+    graph: StateGraph,
+    branches: tuple[Branch, ...],
+    cost: CostModel,
+    grouping: Grouping | None = None,
+) -> FloatArray:
+    """Predicted seconds at each of the cost model's batches."""
+    if grouping is None:
+        return np.array([_seconds(graph, branches, cost, rows) for rows in cost.batches])
+    work = StackWork(
+        tuple((edge.source, edge.target) for edge in graph.edges),
+        graph.elementwise,
+        graph.fused,
+        graph.itemsize,
+    )
+    borders = [
+        Border(axis, _in_place(graph, branches, grouping, axis))
+        for axis in (*graph.entries, *graph.exits)
+    ]
+    return np.array([work.seconds(grouping, borders, cost, rows) for rows in cost.batches])
+
+
+def shared_seconds(graph: StateGraph, copies: Copies, cost: CostModel) -> NDArray[np.float64]:
+    """Predicted seconds at each batch; whatever is not the site stays as wide as it was."""
+    (edge,) = graph.edges
+    whole = predicted_seconds(graph, (everything(graph),), cost)
+    inputs, outputs = edge.mask.shape
+    site = [cost.matmul(rows, inputs, outputs, graph.itemsize) for rows in cost.batches]
+    shared = [copies.seconds(cost, rows, graph.itemsize) for rows in cost.batches]
+    return whole + np.subtract(shared, site, dtype=np.float64)
+
+
+def _in_place(
+    graph: StateGraph, branches: tuple[Branch, ...], grouping: Grouping, axis: int
+) -> bool:
+    """Whether the branches' units of a border axis stand outside as they do in the stacks."""
+    size = graph.axis_sizes[axis]
+    units = np.concatenate([branch.units[axis] for branch in branches])
+    if units.size != size or grouping.width(axis) != size:
+        return False
+    return axis in graph.free or np.array_equal(units, np.arange(size))
+
+
+def _seconds(
+    graph: StateGraph, branches: tuple[Branch, ...], cost: CostModel, rows: int
+) -> float:
+    total = 0.0
+    for branch in branches:
+        sizes = [units.size for units in branch.units]
+        for edge in graph.edges:
+            total += cost.matmul(rows, sizes[edge.source], sizes[edge.target], graph.itemsize)
+        for axis in graph.elementwise:
+            total += cost.elementwise(rows, sizes[axis], graph.itemsize)
+    for axis in graph.entries:
+        total += _cut_seconds(graph, branches, axis, cost, rows)
+    for axis in graph.exits:
+        total += _join_seconds(graph, branches, axis, cost, rows)
+    return total
+
+
+def _cut_seconds(
+    graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
+) -> float:
+    """Seconds to cut one value into branches."""
+    size = graph.axis_sizes[axis]
+    parts = [branch.units[axis] for branch in branches]
+    read = sum(part.size for part in parts)
+    if axis in graph.free:  # renumbered, so that every branch's units are a run
+        whole_axis = read == size and np.unique(np.concatenate(parts)).size == size
+        if whole_axis:
+            return 0.0 if len(parts) == 1 else cost.copy(rows, size, graph.itemsize)
+        return sum(cost.copy(rows, part.size, graph.itemsize) for part in parts)
+    if layout_of(parts, size) == "whole":
+        return 0.0 if len(parts) == 1 else cost.copy(rows, size, graph.itemsize)
+    order = gathered_order(parts)
+    total = 0.0 if order is None else cost.gather(rows, order.size, graph.itemsize)
+    whole = size if order is None else order.size
+    for units in parts:
+        if units.size == whole:
+            continue
+        runs = order is not None or is_run(units)
+        total += (cost.copy if runs else cost.gather)(rows, units.size, graph.itemsize)
+    return total
+
+
+def _join_seconds(
+    graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
+) -> float:
+    """Seconds to put one value together from the branches."""
+    size = graph.axis_sizes[axis]
+    layout = (
+        "whole"
+        if axis in graph.free
+        else layout_of([branch.units[axis] for branch in branches], size)
+    )
+    if layout == "whole" and len(branches) == 1:
+        return 0.0
+    total = cost.copy(rows, size, graph.itemsize)
+    return total if layout == "whole" else total + cost.gather(rows, size, graph.itemsize)
