@@ -9,7 +9,7 @@ against the original before it is written. The coefficients below are those of o
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,8 +118,7 @@ class CostModel:
             flop_rate *= self.half_flop_rate / self.flop_rate
         flops = 2 * count * rows * inputs * outputs
         moved = itemsize * count * (inputs * outputs + rows * (inputs + outputs))
-        longer: Units = np.maximum(flops / flop_rate, moved / self.byte_rate)
-        return longer
+        return cast("Units", np.maximum(flops / flop_rate, moved / self.byte_rate))
 
 
 CPU = CostModel(
