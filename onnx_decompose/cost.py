@@ -134,7 +134,7 @@ CPU = CostModel(
     gather_rate=6e8,
     row_gather_rate=4.5e10,
     transpose_rate=7e9,
-    pick_ratio=2.0,
+    pick_ratio=5.0,
 )
 """Two cores of a server with AVX-512, onnxruntime 1.32, float32; float16 is computed in float32 there."""
 

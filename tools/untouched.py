@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from onnx_decompose.metadata import read_decomposition
 from onnx_decompose.model_io import external_bytes, load_model
 
 if TYPE_CHECKING:
@@ -42,15 +43,27 @@ _FIELDS = (
 def untouched_faults(original: Path, rewritten: Path) -> list[str]:
     """Everything that the rewrite had no business to change and changed; empty if all is as it was.
 
-    A node that is gone must be the origin of a new one, or have made constants that nothing reads any more. A tensor
-    that is gone must have no reader. All others must be equal, byte for byte, with their external data.
+    A node that is gone must be the origin of a new one, be a bias or scale right behind such a node, or have made constants that nothing reads any more, or be there
+    in all but constants that the metadata says are its own with their units in another order. A tensor that is gone
+    must have no reader. All others must be equal, byte for byte, with their external data.
     """
     before, after = load_model(original), load_model(rewritten)
     return [
         *_model_faults(before.proto, after.proto),
-        *_node_faults(before.proto.graph, after.proto.graph),
+        *_node_faults(before.proto.graph, after.proto.graph, _reordered(after)),
         *_tensor_faults(before, after),
     ]
+
+
+def _reordered(model: Model) -> set[str]:
+    """Tensors that stand for one tensor of the original, with its units in another order."""
+    decomposition = read_decomposition(model.proto, model.label)
+    if decomposition is None:
+        return set()
+    whole = {
+        s.blocks[0].initializer for s in decomposition.sites.values() if len(s.blocks) == 1
+    }
+    return whole | decomposition.reordered.keys()
 
 
 def _model_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
@@ -77,8 +90,11 @@ def _model_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[s
                 yield f"{field} of {_name(item)} changed"
 
 
-def _node_faults(before: onnx.GraphProto, after: onnx.GraphProto) -> Iterator[str]:
+def _node_faults(
+    before: onnx.GraphProto, after: onnx.GraphProto, reordered: set[str]
+) -> Iterator[str]:
     kept = set(_bytes(after.node))
+    made = {tuple(node.output): node for node in after.node}
     read = _names_read(after)
     origins = {
         entry.value
@@ -86,12 +102,34 @@ def _node_faults(before: onnx.GraphProto, after: onnx.GraphProto) -> Iterator[st
         for entry in node.metadata_props
         if entry.key == _ORIGIN
     }
+    rewritten: set[str] = set()
     for node in before.node:
-        if _bytes([node])[0] in kept or {node.name, *node.output} & origins:
+        if _bytes([node])[0] in kept:
+            continue
+        # A bias or a scale may go into the operator before it.
+        inside = node.op_type in {"Add", "Mul"} and rewritten.intersection(node.input)
+        if {node.name, *node.output} & origins or inside:
+            rewritten.update(node.output)
             continue
         if node.op_type in _CONSTANT_PRODUCERS and not read.intersection(node.output):
             continue
+        if _reads_reordered(node, made.get(tuple(node.output)), reordered):
+            continue
         yield f"node {node.name or node.output[0]} ({node.op_type}) changed"
+
+
+def _reads_reordered(
+    node: onnx.NodeProto, other: onnx.NodeProto | None, reordered: set[str]
+) -> bool:
+    """Whether ``other`` is ``node`` in everything but constants in another order."""
+    if other is None or len(other.input) != len(node.input):
+        return False
+    restored = type(node)()
+    restored.CopyFrom(other)
+    for position, name in enumerate(other.input):
+        if name in reordered:
+            restored.input[position] = node.input[position]
+    return bool(_bytes([restored]) == _bytes([node]))
 
 
 def _tensor_faults(before: Model, after: Model) -> Iterator[str]:
