@@ -238,7 +238,7 @@ class GroupedEmitter:
                     inputs.append(self._constant(name, made, number, neutral))
                 else:
                     inputs.append(outside[name])
-            copy = gs.Node(node.op_type, self._name(node, number), {}, inputs, [output])
+            copy = gs.Node(node.op_type, self._name(node, number), {}, [*inputs], [output])
             self._ops.placed.append(Placed(copy, index, node))
         return made
 
@@ -254,7 +254,7 @@ class GroupedEmitter:
         if len(shape) < 2 and shape != (self._region.axis_sizes[self._region.axis_of[like]],):
             return gs.Variable(name)
         values = self._constants.array(name)
-        if shape[-1] != 1:
+        if values.shape[-1:] != (1,):
             values = self._padded(values, like, number, neutral)
         laid = self._layout.constant(values, self._stacks[number].count)
         tensor = self._ops.fresh.constant(f"{name}.stack{number}", laid)

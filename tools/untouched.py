@@ -43,9 +43,10 @@ _FIELDS = (
 def untouched_faults(original: Path, rewritten: Path) -> list[str]:
     """Everything that the rewrite had no business to change and changed; empty if all is as it was.
 
-    A node that is gone must be the origin of a new one, be a bias or scale right behind such a node, or have made constants that nothing reads any more, or be there
-    in all but constants that the metadata says are its own with their units in another order. A tensor that is gone
-    must have no reader. All others must be equal, byte for byte, with their external data.
+    A node that is gone must be the origin of a new one, be a bias or scale right behind such a node, or have made
+    constants that nothing reads any more. A node may read what the metadata says is its own constant with the units in
+    another order. A tensor that is gone must have no reader. All others must be equal, byte for byte, with their
+    external data.
     """
     before, after = load_model(original), load_model(rewritten)
     return [
