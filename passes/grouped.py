@@ -238,7 +238,7 @@ class GroupedEmitter:
                     inputs.append(self._constant(name, made, number, neutral))
                 else:
                     inputs.append(outside[name])
-            copy = gs.Node(node.op_type, self._name(node, number), {}, inputs, [output])
+            copy = gs.Node(node.op_type, self._name(node, number), {}, [*inputs], [output])
             self._ops.placed.append(Placed(copy, index, node))
         return made
 
@@ -251,7 +251,8 @@ class GroupedEmitter:
     def _constant(self, name: str, like: str, number: int, neutral: float) -> Value:
         """A constant operand in one stack of the value ``like``, with ``neutral`` at padding."""
         shape = self._constants[name].shape
-        if len(shape) < 2 and shape != (self._region.axis_sizes[self._region.axis_of[like]],):
+        size = self._region.axis_sizes[self._region.axis_of[like]]
+        if not shape or (len(shape) == 1 and shape[0] != size):
             return gs.Variable(name)
         values = self._constants.array(name)
         if shape[-1] != 1:
