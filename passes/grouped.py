@@ -251,7 +251,8 @@ class GroupedEmitter:
     def _constant(self, name: str, like: str, number: int, neutral: float) -> Value:
         """A constant operand in one stack of the value ``like``, with ``neutral`` at padding."""
         shape = self._constants[name].shape
-        if len(shape) < 2 and shape != (self._region.axis_sizes[self._region.axis_of[like]],):
+        size = self._region.axis_sizes[self._region.axis_of[like]]
+        if not shape or (len(shape) == 1 and shape[0] != size):
             return gs.Variable(name)
         values = self._constants.array(name)
         if values.shape[-1:] != (1,):

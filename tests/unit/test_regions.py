@@ -251,6 +251,7 @@ def test_the_state_graph_has_one_edge_per_site() -> None:
     graph = state_graph(study, study.regions[0], masks)
     assert graph.axis_sizes == (4, 8, 4)
     assert [(edge.source, edge.target) for edge in graph.edges] == [(0, 1), (1, 0), (0, 2)]
+    # The activation after a site is a part of its product.
     assert (graph.fused, graph.elementwise) == ((1,), (0,))
     assert (graph.entries, graph.exits) == ((0,), (2,))
     assert graph.itemsize == 4
