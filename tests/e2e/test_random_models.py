@@ -1,0 +1,39 @@
+"""Random whole models, with everything that trained ones have: whatever the pipeline makes of one, the claims hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, get_args
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_decompose.options import Options
+from onnx_decompose.plan import Emit
+from tests.e2e.random_models import NOISE, Recipe, random_model
+from tests.e2e.whole_rewrite import check_rewrite
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Criterion = Literal["ksigma:3", "ksigma:20", "fdr", "shared"]
+
+SEEDS = st.integers(0, 2**32 - 1)
+EMITS = st.sampled_from(get_args(Emit))
+
+
+@settings(max_examples=40)
+@given(seed=SEEDS, emit=EMITS, free=st.booleans())
+def test_exact(seed: int, emit: Emit, free: bool) -> None:
+    check_rewrite(random_model(Recipe.drawn(seed)), emit, free=free)
+
+
+@settings(max_examples=40)
+@given(
+    seed=SEEDS,
+    emit=EMITS,
+    free=st.booleans(),
+    criterion=st.sampled_from(["ksigma:3", "ksigma:20", "fdr", "shared"]),
+)
+def test_annealed(seed: int, emit: Emit, free: bool, criterion: Criterion) -> None:
+    options = Options(null=f"normal:{NOISE}", criterion=criterion, provider="cpu")
+    check_rewrite(random_model(Recipe.drawn(seed, NOISE)), emit, options, free=free)

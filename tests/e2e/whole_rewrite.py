@@ -1,0 +1,184 @@
+"""The pipeline on one model without its timing, and all that holds for every rewrite."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx.reference
+
+from onnx_decompose.analysis.criteria import make_criterion
+from onnx_decompose.cost import CPU
+from onnx_decompose.decompose import annealed_model, attempt, rewritten_model
+from onnx_decompose.gather import gather_all
+from onnx_decompose.metadata import write_decomposition
+from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.options import Options
+from onnx_decompose.passes.replace_weights import ReplaceWeights
+from onnx_decompose.renumbering import choose_numbering
+from onnx_decompose.sessions import Provider
+from onnx_decompose.study import study_model
+from onnx_decompose.verify import Inputs, measure_annealing, structural_claim, validate_models
+from tests.passes.harness import FREE, check_rest, feeds_for, run
+
+if TYPE_CHECKING:
+    from onnx_decompose.decompose import Attempt
+    from onnx_decompose.plan import Emit
+
+EXACT = Options(null="zero", provider="cpu", seeds=1)
+ROUNDING = {"float32": 1e-3, "float64": 1e-9}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """A rewritten model; ``model`` is None where nothing was to be done."""
+
+    tried: Attempt
+    model: onnx.ModelProto | None
+
+    @property
+    def decisions(self) -> set[str]:
+        made = {plan.decision for _, plan in self.tried.rewrites}
+        return made | {"recurrent"} if self.tried.recurrent.rewrites else made
+
+
+def rewrite_once(
+    proto: onnx.ModelProto, emit: Emit, options: Options = EXACT, *, free: bool = True
+) -> Outcome:
+    """The model as ``options`` ask, whatever claim B says; ``free``: every kernel and copy costs nothing."""
+    study = study_model(load_model(proto))
+    tried = attempt(
+        study,
+        gather_all(study, options),
+        make_criterion(options.criterion, options.alpha),
+        cost=dataclasses.replace(FREE if free else CPU, batches=(1, 16)),
+        emit=emit,
+        rng=np.random.default_rng(options.seed),
+    )
+    if not tried.takes_apart:
+        return Outcome(tried, None)
+    model, decomposition = rewritten_model(tried, 1e9)
+    write_decomposition(model.proto, decomposition, "0")
+    return Outcome(tried, model.proto)
+
+
+def check_rewrite(
+    proto: onnx.ModelProto,
+    emit: Emit,
+    options: Options = EXACT,
+    *,
+    free: bool = True,
+    reference: bool = False,
+) -> Outcome:
+    """Rewrite a model and check the result from the two files alone, then from what was planned."""
+    before = proto.SerializeToString(deterministic=True)
+    outcome = rewrite_once(proto, emit, options, free=free)
+    annealed = annealed_model(outcome.tried).proto
+    assert proto.SerializeToString(deterministic=True) == before
+    if outcome.model is None:
+        assert annealed.SerializeToString(deterministic=True) == before
+        return outcome
+    stored = outcome.model.SerializeToString(deterministic=True)
+    again = rewrite_once(proto, emit, options, free=free).model
+    assert again is not None
+    assert again.SerializeToString(deterministic=True) == stored
+    original, rewritten = Model(proto), load_model(onnx.ModelProto.FromString(stored))
+    onnx.checker.check_model(annealed, full_check=True)
+    inputs = Inputs(seeds=1)
+    claim = structural_claim(original, rewritten, inputs=inputs, provider=Provider.CPU)
+    assert claim, claim.reason
+    check_outputs(annealed, outcome.model, reference=reference)
+    if outcome.tried.is_exact:
+        exact = measure_annealing(
+            original,
+            rewritten,
+            inputs=inputs,
+            provider=Provider.CPU,
+            budget=largest_rounding(proto),
+        )
+        assert exact, exact.outputs
+    touched = touched_nodes(outcome.tried)
+    rest = onnx.ModelProto.FromString(stored)
+    while len(rest.metadata_props) > len(proto.metadata_props):
+        rest.metadata_props.pop()
+    check_rest(proto, rest, touched)
+    check_again(original, rewritten, emit, free=free)
+    return outcome
+
+
+def check_again(original: Model, rewritten: Model, emit: Emit, *, free: bool) -> None:
+    """A rewritten model can be rewritten, and is what it was."""
+    second = rewrite_once(rewritten.proto, emit, EXACT, free=free)
+    if second.model is None:
+        return
+    after = load_model(second.model)
+    verdict = validate_models(
+        rewritten,
+        after,
+        inputs=Inputs(seeds=1),
+        provider=Provider.CPU,
+        budget=largest_rounding(original.proto),
+    )
+    assert verdict, verdict.failure
+
+
+def check_outputs(expected: onnx.ModelProto, got: onnx.ModelProto, *, reference: bool) -> None:
+    """Two models agree on random inputs, in onnxruntime or in the standard's reference implementation."""
+    rng = np.random.default_rng(0)
+    for size in (1, 2):
+        feeds = feeds_for_model(expected, rng, size)
+        for first, second in zip(
+            run(expected, feeds, reference=reference),
+            run(got, feeds, reference=reference),
+            strict=True,
+        ):
+            assert (first.shape, first.dtype) == (second.shape, second.dtype)
+            one, other = first.astype(np.float64), second.astype(np.float64)
+            finite = np.isfinite(one)
+            size_of = float(np.abs(one[finite]).max(initial=0)) or 1.0
+            np.testing.assert_allclose(
+                other, one, rtol=0, atol=ROUNDING[first.dtype.name] * size_of
+            )
+
+
+def feeds_for_model(
+    proto: onnx.ModelProto, rng: np.random.Generator, size: int
+) -> dict[str, Any]:
+    """As ``feeds_for``, with token numbers where integers come in."""
+    feeds = feeds_for(proto, rng, size)
+    return {
+        name: np.abs(values) % 5 if values.dtype.kind == "i" else values
+        for name, values in feeds.items()
+    }
+
+
+def largest_rounding(proto: onnx.ModelProto) -> float:
+    types = {
+        onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        for value in proto.graph.output
+    }
+    return max(ROUNDING[name] for name in types)
+
+
+def touched_nodes(tried: Attempt) -> set[int]:
+    """The original's nodes that a rewrite may change."""
+    model = tried.study.model
+    nodes = {index for region, _ in tried.rewrites for index in region.nodes}
+    nodes |= {site.find(model.proto.graph) for site, _ in tried.recurrent.rewrites}
+    replacing = ReplaceWeights({}, tried.biases(), tried.absorbing)
+    nodes |= replacing.touched(model)
+    folded = replacing(model).model
+    dense = tried.study if folded is model else study_model(folded)
+    numbering = choose_numbering(dense.spaces, tried.rewrites)
+    renumbered = {
+        folded.proto.graph.node[use.node].output[0]
+        for space, _ in numbering.orders
+        for use in space.constants
+    }
+    return nodes | {
+        index
+        for index, node in enumerate(model.proto.graph.node)
+        if renumbered.intersection(node.output)
+    }
