@@ -5,8 +5,8 @@ smaller parallel operators, with the same inputs and outputs, verified in onnxru
         --> evidence      null distribution, p-values, supported entries      analysis.evidence, analysis.criteria
         --> annealing     the largest removal inside the error budget         pipeline
         --> structure     components of each region's state graph             analysis.structure
-        --> plan          dense | shrink | split, by predicted cost           plan
-        --> rewrite       the region's nodes, once per branch                 passes
+        --> plan          dense, shrink, split, grouped, triangular, shared   plan
+        --> rewrite       the region's nodes, once per branch or stack        passes
         --> verify        claim A: rewritten == annealed; claim B: error against the original
         --> bench         not faster? then the original stays
 

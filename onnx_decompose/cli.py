@@ -64,8 +64,8 @@ def _evidence_options(command: Callable[P, R]) -> Callable[P, R]:
                 default="auto",
                 show_default=True,
                 help=(
-                    "auto, zero, recorded, empirical, torch, keras, bert, normal:S, uniform:A, "
-                    "snapshot:F.safetensors or optimizer:F.pt"
+                    "auto, zero, recorded, empirical, torch, keras, bert, kaiming_*, xavier_*, normal:S, "
+                    "uniform:A, trunc_normal:S, snapshot:F.safetensors or optimizer:F.pt"
                 ),
             ),
             click.option(
@@ -75,14 +75,14 @@ def _evidence_options(command: Callable[P, R]) -> Callable[P, R]:
                 "--criterion",
                 default="fdr",
                 show_default=True,
-                help="fdr, fwer, ksigma, displacement, group, channel:N, shared, magnitude or a plug-in.",
+                help="fdr, fwer, ksigma, displacement, group, channel:C, shared, magnitude or a plug-in.",
             ),
             click.option(
                 "--alpha",
                 type=float,
                 default=0.01,
                 show_default=True,
-                help="Level of the criterion.",
+                help="Level of the criterion: smaller removes more; of magnitude the share to remove.",
             ),
             click.option(
                 "--seed",
@@ -114,7 +114,7 @@ _BATCH = click.option(
     "--batch",
     type=_Batches(),
     default=(1, 16, 256),
-    help="Batch sizes to time at, as in 1,16,256.",
+    help="Batch sizes to time at; by default 1,16,256.",
 )
 
 
@@ -177,7 +177,7 @@ def export(
 def analyze(
     model: Path, report: Path | None, html: Path | None, console: Console, **evidence: Any
 ) -> None:
-    """Show what a model's weights support, and what other options could give; writes no model."""
+    """Show what a model's weights support, and what other nulls would give; writes no model."""
     from onnx_decompose.pipeline import analyze as run
 
     _check_outputs([report, html], [model])

@@ -43,9 +43,9 @@ class SiteReport:
         isolated: inputs and outputs without any edge.
         sccs: strongly connected components of a square site, else None.
         layers: topological layers of their condensation, else None.
-        decision: ``dense``, ``shrink``, ``split`` or ``triangular``.
+        decision: ``dense``, ``shrink``, ``split``, ``grouped``, ``triangular`` or ``shared``.
         reason: why.
-        blocks: (inputs, outputs) of each block.
+        blocks: (inputs, outputs) of each block, without padding.
         p_structure: how often the same entries shuffled give as much structure; None where it was not tested.
     """
 
@@ -91,7 +91,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Alternative:
-    """What another null or criterion would give: predicted, not verified."""
+    """What another null would give at the same criterion: predicted, not verified."""
 
     null: str
     criterion: str
