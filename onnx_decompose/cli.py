@@ -177,7 +177,7 @@ def export(
 def analyze(
     model: Path, report: Path | None, html: Path | None, console: Console, **evidence: Any
 ) -> None:
-    """Show what a model's weights support, and what other nulls would give; writes no model."""
+    """Show what a model's weights support, and what other nulls and criteria would give; writes no model."""
     from onnx_decompose.pipeline import analyze as run
 
     _check_outputs([report, html], [model])
@@ -384,7 +384,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", _EXIT_INTERRUPTED)
+        _fail("interrupted; every file that is there is whole", _EXIT_INTERRUPTED)
     except DecomposeError as error:
         _fail(str(error), error.exit_code)
     except (

@@ -163,7 +163,7 @@ def _blocks(site: SiteReport) -> str:
 
 def _alternatives_table(report: Report) -> Table:
     table = Table(
-        title="what other nulls would give (predicted, not verified)",
+        title="what other nulls and criteria would give (predicted, not verified)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )

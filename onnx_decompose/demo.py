@@ -72,7 +72,7 @@ def run_demo(models: Path, output: Path, console: Console) -> None:
 def _run(job: _Job, models: Path, output: Path, console: Console) -> None:
     original, inputs = models / f"{job.model}.onnx", models / f"{job.model}_inputs.npz"
     rewritten = output / f"{job.model}.onnx"
-    options = Options(null=job.null, calibration=inputs)
+    options = Options(null=job.null, calibration=models / f"{job.model}_calibration.npz")
     console.rule(f"{job.model}: {job.told}")
     found = analyze(original, options)
     console.print(f"analyze: {found.summary.reason}", soft_wrap=True)

@@ -204,7 +204,7 @@ interleaved medians in one process.</p>
 {% endif %}
 
 {% if report.alternatives %}
-<h2>What other nulls would give</h2>
+<h2>What other nulls and criteria would give</h2>
 <p class="soft">Predicted from the weights, not verified.</p>
 <div class="scroll"><table>
 <tr><th>null</th><th>criterion</th><th class="n">supported</th><th class="n">substructures</th>

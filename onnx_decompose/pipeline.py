@@ -104,7 +104,7 @@ class _Made:
 
 
 def analyze(source: Source, options: Options | None = None) -> Report:
-    """What ``rewrite`` would find, and what other nulls could give; nothing is run.
+    """What ``rewrite`` would find, and what other nulls and criteria could give; nothing is run.
 
     Args:
         source: a model, or its path.

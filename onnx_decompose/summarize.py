@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.evidence import Evidence
+    from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.bench import Timing
     from onnx_decompose.cost import CostModel
     from onnx_decompose.options import Options
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "alternatives", "report_on", "summary_of"]
 
 _ALTERNATIVE_NULLS = ("zero", "recorded", "torch", "empirical")
+_ALTERNATIVE_CRITERIA = ("fdr", "fwer", "ksigma", "group", "shared")
 _SHUFFLED_ENTRIES = 100_000_000
 """Entries that a permutation control may place: a few seconds per site at most."""
 
@@ -72,7 +74,7 @@ def report_on(
         tried: the attempt.
         options: what was asked for.
         measured: claims and times, as far as they were measured.
-        others: what other nulls would give.
+        others: what other nulls and criteria would give.
         refusal: why the attempt was not carried out after all; every site stays dense then.
     """
     sites = (
@@ -126,30 +128,50 @@ def summary_of(
 def alternatives(
     study: Study, options: Options, cost: CostModel, asked: Attempt
 ) -> Iterator[Alternative]:
-    """What other nulls would give at the same criterion: predicted from the weights, nothing is run."""
+    """What other nulls would give at the same criterion, and other criteria with the same null.
+
+    Predicted from the weights, nothing is run. Left out is what can only give the same as ``zero``.
+    """
+    if not study.weights:
+        return
     for null in _ALTERNATIVE_NULLS:
-        if null == options.null or not study.weights:
+        if null == options.null:
             continue
         evidence = gather_all(study, options, null)
-        if null != "zero" and all(one.source == "zero" for one in evidence.values()):
+        if null != "zero" and _only_zeros(evidence):
             continue
-        tried = attempt(
-            study,
-            evidence,
-            make_criterion(options.criterion, options.alpha),
-            cost=cost,
-            emit=options.emit,
-            rng=np.random.default_rng(options.seed),
-        )
-        entries = sum(site.size for site in study.weights)
-        supported = sum(np.count_nonzero(one.mask) for one in tried.selections.values())
-        yield Alternative(
-            null=null,
-            criterion=asked.criterion.name,
-            density=supported / entries,
-            substructures=tried.substructures,
-            flops_after=2 * tried.weights_after,
-        )
+        yield _alternative(study, options, cost, evidence, null, options.criterion)
+    for criterion in _ALTERNATIVE_CRITERIA:
+        told = criterion == options.criterion.partition(":")[0]
+        # Lines are compared with each other, not with a null.
+        if not told and (criterion == "shared" or not _only_zeros(asked.evidence)):
+            yield _alternative(study, options, cost, asked.evidence, options.null, criterion)
+
+
+def _only_zeros(evidence: Mapping[str, Evidence]) -> bool:
+    return all(one.source == "zero" for one in evidence.values())
+
+
+def _alternative(
+    study: Study,
+    options: Options,
+    cost: CostModel,
+    evidence: Mapping[str, Evidence],
+    null: str,
+    criterion: str,
+) -> Alternative:
+    rule = make_criterion(criterion, options.alpha)
+    rng = np.random.default_rng(options.seed)
+    tried = attempt(study, evidence, rule, cost=cost, emit=options.emit, rng=rng)
+    entries = sum(site.size for site in study.weights)
+    supported = sum(np.count_nonzero(one.mask) for one in tried.selections.values())
+    return Alternative(
+        null=null,
+        criterion=rule.name,
+        density=supported / entries,
+        substructures=tried.substructures,
+        flops_after=2 * tried.weights_after,
+    )
 
 
 def _site_report(

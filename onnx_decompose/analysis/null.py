@@ -273,7 +273,9 @@ def parse_null(spec: str, *, fan_in: int, fan_out: int) -> Null:
     """
     family, arguments = _read(spec)
     if family not in _FAMILIES:
-        raise OptionError(f"null {spec!r} is unknown; use {GRAMMAR}")
+        raise OptionError(
+            f"null {spec!r} is unknown; use auto, recorded, empirical, snapshot:FILE, optimizer:FILE, {GRAMMAR}"
+        )
     build = _FAMILIES[family][2]
     return build({"fan_in": float(fan_in), "fan_out": float(fan_out), **arguments})
 

@@ -362,18 +362,24 @@ class TestAnalyze:
         assert "48 x 96" in result.out
         assert listing(tmp_path) == before
 
-    def test_shows_what_other_nulls_would_give(
+    def test_shows_what_other_nulls_and_criteria_would_give(
         self, command: Command, rng: np.random.Generator, tmp_path: Path
     ) -> None:
         recipe = Recipe(blocks=((8, 16, 8),) * 4, noise=2e-3, family="uniform")
         model, path = save(plant(recipe, rng).model, tmp_path / "m.onnx"), tmp_path / "r.json"
         result = command("analyze", model, "--criterion", "fwer", "--report", path)
         assert result.code == 0
-        assert "what other nulls would give" in result.out
+        assert "what other nulls and criteria would give" in result.out
         report = json.loads(path.read_text("utf-8"))
         assert [site["density"] for site in report["sites"]] == [1.0, 1.0]
-        others = {other["null"]: other for other in report["alternatives"]}
-        assert others["torch"]["density"] == pytest.approx(0.25)
+        others = {(o["null"], o["criterion"]): o for o in report["alternatives"]}
+        assert others["torch", "fwer(0.01)"]["density"] == pytest.approx(0.25)
+        # Without evidence of an initialization, criteria that need a null would all give the same.
+        assert [c for n, c in others if n == "auto"] == ["shared"]
+        command("analyze", model, "--null", "torch", "--report", path)
+        report = json.loads(path.read_text("utf-8"))
+        criteria = [o["criterion"] for o in report["alternatives"] if o["null"] == "torch"]
+        assert criteria == ["fwer(0.01)", "ksigma(2.576)", "group(0.01)", "shared"]
 
     def test_last_line_says_whether_it_is_decomposable(
         self, command: Command, rng: np.random.Generator, tmp_path: Path

@@ -170,7 +170,7 @@ def test_nothing_was_rewritten(tmp_path: Path) -> None:
     text = Page(tmp_path / "report.html").text
     assert "Not decomposable" in text
     assert text.count("Not measured: no model was rewritten.") == 2
-    assert "What other nulls" not in text
+    assert "What other nulls and criteria" not in text
     assert "Left alone" not in text
 
 
