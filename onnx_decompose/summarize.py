@@ -23,11 +23,10 @@ from onnx_decompose.report import Alternative, RefusedNode, Report, SiteReport, 
 from onnx_decompose.version import VERSION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.bench import Timing
     from onnx_decompose.cost import CostModel
