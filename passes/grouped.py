@@ -7,6 +7,7 @@ Blocks that are smaller than others of their stack are padded with units whose w
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -199,13 +200,17 @@ class GroupedEmitter:
     def _note(self, name: str, tensor: gs.Constant, like: str, number: int) -> None:
         """Write down where the units of a constant lie, if it has one entry for each of the value ``like``."""
         axis = self._region.axis_of[like]
-        if self._constants[name].shape[-1:] != (self._region.axis_sizes[axis],):
+        *lead, last = self._constants[name].shape or (1,)
+        if last != self._region.axis_sizes[axis]:
             return
+        rows = math.prod(lead)
         size = self._stacks[number].sizes[axis]
         for place, branch in enumerate(self._stacked(number)):
             units = branch.units[axis]
             places = self._layout.row(place, size, units.size)
-            self._ops.note(name, units, tensor.name, **places)
+            # With other axes behind it, a channel is the first one.
+            turned = rows > 1 and self._convolves
+            self._ops.note(name, units, tensor.name, rows=rows, transposed=turned, **places)
 
     def _padded(
         self, values: NDArray[Any], like: str, number: int, padding: float

@@ -24,6 +24,7 @@ NOISE = 0.02
 
 _STEPS = (
     *("site",) * 6,
+    *("normalized",) * 2,
     *("activation",) * 3,
     *("affine", "affine", "residual", "residual", "gate", "branch", "scalar", "broadcast"),
     *("tap", "softmax", "normalization", "mean", "reshape", "flip", "repeat", "shape"),
@@ -80,7 +81,7 @@ class Recipe:
         return cls(
             seed,
             steps=int(rng.integers(2, 13)),
-            groups=int(rng.integers(1, 4)),
+            groups=int(rng.choice([1, 2, 2, 3, 3])),
             rank=int(rng.choice([2, 2, 3, 3, 4])),
             opset=int(rng.choice([7, 9, 11, 13, 15, 17, 17, 18, 21])),
             dtype=str(rng.choice(["float32"] * 4 + ["float64"])),
@@ -297,6 +298,13 @@ class _Builder:
             ["Mul", "Add", "Mul", "Add", "Sub"], self._rng.integers(1, 4)
         ):
             value = self._with_constant(str(op), value, -1.0, 1.0)
+        return value
+
+    def _normalized(self, value: Value) -> Value:
+        """A site, and what a batch normalization leaves of itself behind it."""
+        value = self._product(value, self._labels())
+        for op in ("Mul", "Add")[: self._rng.integers(1, 3)]:
+            value = self._with_constant(op, value, -1.0, 1.0)
         return value
 
     def _scalar(self, value: Value) -> Value:
