@@ -316,7 +316,9 @@ def _sliced(
     for name, blocks in noted.items():
         parts = tuple(block for block in blocks if block.initializer != name)
         if parts and name not in folded:
-            *lead, units = dense.constants[name].shape
+            *lead, units = dense.constants[name].shape or (1,)
+            # One number for all units may be stored for each of them.
+            units = max(units, *(int(block.columns.max()) + 1 for block in parts))
             found[name] = SlicedConstant((math.prod(lead), units), parts)
     return found
 

@@ -182,7 +182,8 @@ class SlicedConstant:
     """A per-unit constant that rewritten operators read in parts: a bias, a scale.
 
     Attributes:
-        shape: (M, N): all axes before the units taken together, and the units.
+        shape: (M, N): all axes before the units taken together, and the units; N also where there is one number for
+            all units, and it is stored for each.
         blocks: the parts; several may hold the same entries, for operators that read the same constant.
     """
 

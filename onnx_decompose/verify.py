@@ -492,10 +492,11 @@ def _compare_constants(
     for name, constant in decomposition.constants.items():
         if name not in constants:
             return f"constant '{name}' is missing from the original"
-        array = constants.array(name)
-        if (math.prod(array.shape[:-1]), *array.shape[-1:]) != constant.shape:
+        array = np.atleast_1d(constants.array(name))
+        rows = math.prod(array.shape[:-1])
+        if rows != constant.shape[0] or array.shape[-1] not in {1, constant.shape[1]}:
             return f"constant '{name}' has another shape"
-        wanted = array.reshape(constant.shape)
+        wanted = np.broadcast_to(array.reshape(rows, -1), constant.shape)
         for block in constant.blocks:
             tensor = stored.get(block.initializer)
             if tensor is None:

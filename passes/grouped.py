@@ -197,13 +197,11 @@ class GroupedEmitter:
         self._note(name, tensor, site.output, number)
         return tensor
 
-    def _note(self, name: str, tensor: gs.Constant, like: str, number: int) -> None:
-        """Write down where the units of a constant lie, if it has one entry for each of the value ``like``."""
+    def _note(
+        self, name: str, tensor: gs.Constant, like: str, number: int, rows: int = 1
+    ) -> None:
+        """Write down where the units of a constant lie that has ``rows`` entries for each of the value ``like``."""
         axis = self._region.axis_of[like]
-        *lead, last = self._constants[name].shape or (1,)
-        if last != self._region.axis_sizes[axis]:
-            return
-        rows = math.prod(lead)
         size = self._stacks[number].sizes[axis]
         for place, branch in enumerate(self._stacked(number)):
             units = branch.units[axis]
@@ -262,7 +260,8 @@ class GroupedEmitter:
             values = self._padded(values, like, number, neutral)
         laid = self._layout.constant(values, self._stacks[number].count)
         tensor = self._ops.fresh.constant(f"{name}.stack{number}", laid)
-        self._note(name, tensor, like, number)
+        if shape[-1] == self._region.axis_sizes[self._region.axis_of[like]]:
+            self._note(name, tensor, like, number, math.prod(shape[:-1]))
         return tensor
 
     def _name(self, node: onnx.NodeProto, number: int) -> str:
