@@ -221,7 +221,8 @@ class _Builder:
     def _shape_shares(count: int) -> Array:
         shares = np.ones(count)
         shares[0] = 6
-        return shares / shares.sum()
+        found: Array = shares / shares.sum()
+        return found
 
     def _weight(self, rows: Labels, columns: Labels, *, noise: float | None = None) -> Array:
         inside = (rows[:, None] == columns) & (rows[:, None] >= 0)
@@ -248,7 +249,8 @@ class _Builder:
         if spread:
             rest = self._rng.normal(0, spread, values.shape)
             values = np.where(values == 0, rest, values)
-        return values
+        found: Array = values
+        return found
 
     def _stored_weight(self, rows: Labels, columns: Labels) -> str:
         """A value that holds a weight, (K, N); sometimes one that is there already, or its transpose."""
@@ -451,7 +453,8 @@ class _Builder:
         """A recurrent operator over the first axis, with its groups in cascade."""
         if len(value.lead) != 2 or self._recipe.opset < 11 or self._dtype != np.float32:
             return value
-        cell = str(self._rng.choice(list(GATES)))
+        cells = list(GATES)
+        cell = cells[int(self._rng.integers(len(cells)))]
         labels = self._labels()
         hidden, rows = labels.size, GATES[cell] * labels.size
         w = np.concatenate([self._weight(value.labels, labels).T for _ in range(GATES[cell])])
