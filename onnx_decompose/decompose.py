@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,13 @@ from onnx_decompose.biases import absorbable, find_biases, region_in
 from onnx_decompose.copies import find_copies
 from onnx_decompose.decompose_recurrent import RecurrentAttempt, attempt_recurrent
 from onnx_decompose.folding import fold_region
-from onnx_decompose.metadata import Decomposition, FoldedBias, SiteBlocks, digest
+from onnx_decompose.metadata import (
+    Decomposition,
+    FoldedBias,
+    SiteBlocks,
+    SlicedConstant,
+    digest,
+)
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.plan import RegionPlan, plan_region, plan_shared
@@ -21,7 +28,7 @@ from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph, study_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.evidence import Evidence
     from onnx_decompose.biases import Bias
     from onnx_decompose.cost import CostModel
-    from onnx_decompose.metadata import Annealing
+    from onnx_decompose.metadata import Annealing, Block
     from onnx_decompose.model_io import Model
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
@@ -264,7 +271,8 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         shapes=dense.shapes,
         orders=numbering.orders,
     )
-    model, recurrent = tried.recurrent.rewritten(rewriting(folded).model)
+    model, recurrent, rows = tried.recurrent.rewritten(rewriting(folded).model)
+    constants = _sliced(rewriting.constants, dense, folding.record.values())
     folded_biases = {
         # An emitter that did not note where a bias went fails claim A.
         site.name: FoldedBias(
@@ -296,7 +304,23 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         for site in tried.study.sites
         if site.name in rewriting.record and site.name not in sites
     }
-    return model, Decomposition(budget, sites | recurrent, rewriting.reordered)
+    found = Decomposition(budget, sites | recurrent, rewriting.reordered, constants | rows)
+    return model, found
+
+
+def _sliced(
+    noted: Mapping[str, tuple[Block, ...]], dense: Study, folded: Collection[str]
+) -> dict[str, SlicedConstant]:
+    """The original's per-unit constants that are stored in parts; folded biases are recorded with their sites."""
+    found: dict[str, SlicedConstant] = {}
+    for name, blocks in noted.items():
+        parts = tuple(block for block in blocks if block.initializer != name)
+        if parts and name not in folded:
+            *lead, units = dense.constants[name].shape or (1,)
+            # One number for all units may be stored for each of them.
+            units = max(units, *(int(block.columns.max()) + 1 for block in parts))
+            found[name] = SlicedConstant((math.prod(lead), units), parts)
+    return found
 
 
 def _plan_whole(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_decompose.analysis.anneal import anneal, fill
 from onnx_decompose.analysis.recurrence import carried_columns, unit_columns, unit_graph
-from onnx_decompose.metadata import SiteBlocks, digest
+from onnx_decompose.metadata import SiteBlocks, SlicedConstant, digest
 from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights, RewriteRecurrent
 from onnx_decompose.plan_recurrent import RecurrentGraph, RecurrentPlan, plan_recurrent
 from onnx_decompose.recurrent import steps_of
@@ -73,8 +73,10 @@ class RecurrentAttempt:
         sites = [site for site, _ in self.rewrites]
         return ReplaceRecurrentWeights(sites, self._changed())(model).model
 
-    def rewritten(self, model: Model) -> tuple[Model, dict[str, SiteBlocks]]:
-        """``model`` with every planned site as smaller operators, and where each weight's parts are stored."""
+    def rewritten(
+        self, model: Model
+    ) -> tuple[Model, dict[str, SiteBlocks], dict[str, SlicedConstant]]:
+        """``model`` with every planned site as smaller operators, and where the parts of weights and biases are."""
         rewriting = RewriteRecurrent(self.rewrites, self._annealed_weight)
         model = rewriting(model).model
         changed = self._changed()
@@ -89,7 +91,7 @@ class RecurrentAttempt:
             for site, _ in self.rewrites
             for weight in site.all_weights
         }
-        return model, blocks
+        return model, blocks, rewriting.constants
 
     def _annealed_weight(self, weight: RecurrentWeight) -> NDArray[Any]:
         return anneal(self.study.weight(weight), self.masks[weight.name])

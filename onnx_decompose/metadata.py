@@ -31,6 +31,7 @@ __all__ = [
     "Reordered",
     "FoldedBias",
     "SiteBlocks",
+    "SlicedConstant",
     "digest",
     "parse_units",
     "read_decomposition",
@@ -177,6 +178,20 @@ class Reordered:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SlicedConstant:
+    """A per-unit constant that rewritten operators read in parts: a bias, a scale.
+
+    Attributes:
+        shape: (M, N): all axes before the units taken together, and the units; N also where there is one number for
+            all units, and it is stored for each.
+        blocks: the parts; several may hold the same entries, for operators that read the same constant.
+    """
+
+    shape: tuple[int, int]
+    blocks: tuple[Block, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Decomposition:
     """All that the metadata holds.
 
@@ -184,11 +199,13 @@ class Decomposition:
         budget: bound of claim B that the model was accepted with.
         sites: every site by name whose weight is stored otherwise than in the original.
         reordered: initializer name -> the constant whose units it holds in another order.
+        constants: name in the original -> where the rewritten model stores its parts.
     """
 
     budget: float
     sites: Mapping[str, SiteBlocks]
     reordered: Mapping[str, Reordered] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, SlicedConstant] = dataclasses.field(default_factory=dict)
 
 
 def digest(weight: NDArray[Any]) -> str:
@@ -247,6 +264,14 @@ def write_decomposition(
             }
             for name, constant in decomposition.reordered.items()
         }
+    if decomposition.constants:
+        content["constants"] = {
+            name: {
+                "shape": list(constant.shape),
+                "blocks": [_block_json(block) for block in constant.blocks],
+            }
+            for name, constant in decomposition.constants.items()
+        }
     for key, value in ((VERSION_KEY, version), (DECOMPOSITION_KEY, json.dumps(content))):
         _set(proto, key, value)
 
@@ -270,7 +295,10 @@ def read_decomposition(proto: onnx.ModelProto, label: str) -> Decomposition | No
         reordered = {
             name: _reordered(fields) for name, fields in content.get("reordered", {}).items()
         }
-        return Decomposition(float(content["budget"]), sites, reordered)
+        constants = {
+            name: _sliced(fields) for name, fields in content.get("constants", {}).items()
+        }
+        return Decomposition(float(content["budget"]), sites, reordered, constants)
     except (ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
         raise ModelError(
             f"{label}: the metadata '{DECOMPOSITION_KEY}' is broken ({error!r}); rewrite the model again"
@@ -351,6 +379,12 @@ def _reordered(fields: Mapping[str, Any]) -> Reordered:
         if not np.array_equal(np.sort(order), np.arange(order.size)):
             raise ValueError(f"'{fields['source']}': an order of units that leaves some out")
     return Reordered(str(fields["source"]), axes)
+
+
+def _sliced(fields: Mapping[str, Any]) -> SlicedConstant:
+    rows, units = (operator.index(size) for size in fields["shape"])
+    blocks = tuple(_block(block, rows, units) for block in fields["blocks"])
+    return SlicedConstant((rows, units), blocks)
 
 
 def _index(value: Any) -> int:

@@ -9,13 +9,16 @@ Claim B, annealing error: how far the rewritten model is from the original, on s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.analysis.recurrence import CELLS
 from onnx_decompose.biases import find_biases
 from onnx_decompose.cases import (
     OTHER_SIZES,
@@ -31,6 +34,8 @@ from onnx_decompose.metrics import DeviationAccumulator
 from onnx_decompose.model_io import Model, read_tensor
 from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights
 from onnx_decompose.passes.replace_weights import ReplaceWeights
+from onnx_decompose.passes.splice import ORIGIN_KEY
+from onnx_decompose.rearranged import Rearranged
 from onnx_decompose.recurrent import RecurrentWeight, find_recurrent
 from onnx_decompose.sites import Site, find_sites, site_weight
 from onnx_decompose.tensors import graph_inputs, graph_outputs, is_float
@@ -342,10 +347,13 @@ def prove_structure(
         biases[site] = row[0]
     fault = fault or _foreign_entries(rewritten, stored, used)
     fault = fault or _compare_reordered(rewritten, stored, decomposition, constants)
+    fault = fault or _compare_constants(
+        rewritten, stored, decomposition, Rearranged(original, constants)
+    )
     changed = _changed_tensor(original, rewritten)
     if fault is None and changed is not None:
         fault = f"tensor '{changed}', which was not rewritten, is not the original's"
-    return fault, weights, biases
+    return fault or _changed_node(original, rewritten), weights, biases
 
 
 def measure_annealing(
@@ -393,13 +401,20 @@ def _measure_structural(
     reference = open_model(annealed, provider)
     candidate = open_model(rewritten, provider)
     worst, cases, failure = 0.0, 0, None
+    sizes: dict[str, float] = {}
     for case, expected in runnable(functools.partial(inputs.cases, annealed), reference):
         cases += 1
         got = candidate.run(case.feeds)
         for name, value in expected.items():
             error, allowed = _deviation(value, got[name], tolerance)
+            if case.typical:
+                sizes[name] = max(sizes.get(name, 0.0), _largest(value))
             if not error <= allowed and tolerance is None:
-                allowed = max(allowed, _LAST_BITS * _sensitivity(reference, case, name, value))
+                least = max(
+                    _sensitivity(reference, case, name, value),
+                    _last_bit(value, sizes.get(name, 0.0)),
+                )
+                allowed = max(allowed, _LAST_BITS * least)
             if not error <= allowed and failure is None:
                 failure = f"output '{name}' deviates by {error:.3g} (allowed {allowed:.3g}) on {case.label}"
             worst = max(worst, error) if np.isfinite(error) else float("inf")
@@ -429,6 +444,24 @@ def _sensitivity(session: Session, case: Case, name: str, expected: NDArray[Any]
     return moved
 
 
+def _last_bit(value: NDArray[Any], size: float) -> float:
+    """The last bit of numbers of this ``size``, relative to the largest entry of ``value``, or as it is if that is 0.
+
+    Terms that cancel, as in what is left of equal units without their mean, leave the rounding of the terms.
+    """
+    if not is_float(value.dtype):
+        return 0.0
+    one = np.ones((), value.dtype)
+    last_bit = float(np.nextafter(one, one + one) - one) * size
+    return last_bit / (_largest(value) or 1.0)
+
+
+def _largest(value: NDArray[Any]) -> float:
+    """The largest finite magnitude."""
+    sizes = np.abs(value.astype(np.float64))
+    return float(sizes[np.isfinite(sizes)].max(initial=0.0))
+
+
 def _compare_reordered(
     model: Model,
     stored: Mapping[str, onnx.TensorProto],
@@ -446,6 +479,37 @@ def _compare_reordered(
             return f"constant {error}"
         if found.dtype != wanted.dtype or found.tobytes() != wanted.tobytes():
             return f"constant '{constant.source}': its reordered form '{name}' is not the original's"
+    return None
+
+
+def _compare_constants(
+    model: Model,
+    stored: Mapping[str, onnx.TensorProto],
+    decomposition: Decomposition,
+    constants: Rearranged,
+) -> str | None:
+    """Constants that rewritten operators read in parts must hold the original's entries, bit for bit."""
+    for name, constant in decomposition.constants.items():
+        if name not in constants:
+            return f"constant '{name}' is missing from the original"
+        array = np.atleast_1d(constants.array(name))
+        rows = math.prod(array.shape[:-1])
+        if rows != constant.shape[0] or array.shape[-1] not in {1, constant.shape[1]}:
+            return f"constant '{name}' has another shape"
+        wanted = np.broadcast_to(array.reshape(rows, -1), constant.shape)
+        for block in constant.blocks:
+            tensor = stored.get(block.initializer)
+            if tensor is None:
+                return f"constant '{name}': its part '{block.initializer}' is missing"
+            try:
+                found = block.read(_as_rows(read_tensor(model, tensor), block))
+            except ValueError as error:
+                return f"constant '{name}': part {error}"
+            expected = wanted[np.ix_(block.rows, block.columns)]
+            if found.dtype != expected.dtype or found.tobytes() != expected.tobytes():
+                return (
+                    f"constant '{name}': its part '{block.initializer}' is not the original's"
+                )
     return None
 
 
@@ -538,9 +602,13 @@ def _absorbed(decomposition: Decomposition) -> dict[str, int]:
 
 
 def _as_rows(values: NDArray[Any], block: Block) -> NDArray[Any]:
-    """A row of units, or a stack of such, as the matrices that ``block`` reads."""
-    stack = () if block.part is None else values.shape[:1]
-    return values.reshape(*stack, *((-1, 1) if block.transposed else (1, -1)))
+    """Rows of units, or a stack of such, as the matrices that ``block`` reads.
+
+    Raises:
+        ValueError: there are not as many entries.
+    """
+    stack, rows = (() if block.part is None else values.shape[:1]), block.rows.size
+    return values.reshape(*stack, *((-1, rows) if block.transposed else (rows, -1)))
 
 
 def _compare_weights(
@@ -628,6 +696,59 @@ def _changed_tensor(original: Model, rewritten: Model) -> str | None:
         ):
             return str(tensor.name)
     return None
+
+
+def _changed_node(original: Model, rewritten: Model) -> str | None:
+    """What is wrong with the first node that is not what it was, or not what the node was that it stands for.
+
+    Nodes are compared by operator and attributes: inputs are others where something was rewritten. A site may become
+    another product, and a recurrent operator has its size and activations among its attributes.
+    """
+    nodes = original.proto.graph.node
+    maker = {name: node for node in nodes for name in node.output if name}
+    names = collections.Counter(_name(node) for node in nodes)
+    named = {_name(node): node for node in nodes if names[_name(node)] == 1}
+    for node in rewritten.proto.graph.node:
+        origin = next((p.value for p in node.metadata_props if p.key == ORIGIN_KEY), None)
+        if origin is None:
+            source = maker.get(next(iter(node.output), ""))
+        else:
+            source = named.get(origin)
+        if source is None or source.op_type in CELLS:
+            continue
+        if node.op_type == source.op_type:
+            if _attributes(node) != _attributes(source):
+                return f"node '{_name(node)}' has other attributes than '{_name(source)}' in the original"
+        elif not _may_stand_for(node, source, origin):
+            return f"node '{_name(node)}' is {node.op_type}, and '{_name(source)}' of the original {source.op_type}"
+    return None
+
+
+_PRODUCTS = {"Conv", "Gemm", "MatMul"}
+_JOINTS = {
+    *("Add", "ArrayFeatureExtractor", "Concat", "Gather", "Pad", "Reshape", "Squeeze"),
+    *("Transpose", "Unsqueeze"),
+}
+"""Operators that put together what a region makes."""
+
+
+def _may_stand_for(node: onnx.NodeProto, source: onnx.NodeProto, origin: str | None) -> bool:
+    """Whether a rewrite can put ``node`` in the place of ``source``, which has another operator."""
+    if origin is None:
+        return node.op_type in _JOINTS
+    if source.op_type in _PRODUCTS:
+        return node.op_type in _PRODUCTS
+    if node.op_type in _PRODUCTS:  # it absorbed what followed it, and makes the value of that
+        return not source.name
+    return (source.op_type, node.op_type) == ("Mul", "Add")  # the bias that a scale left
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return str(node.name or next(iter(node.output), ""))
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, bytes]:
+    return {a.name: a.SerializeToString(deterministic=True) for a in node.attribute}
 
 
 def _check_interface(original: Model, rewritten: Model) -> None:

@@ -8,6 +8,7 @@ units of a value that comes in; they never make the same.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -59,6 +60,7 @@ class TensorOps:
         self.fresh = fresh
         self.placed: list[Placed] = []
         self.constants: dict[str, list[Block]] = {}
+        self._noted: set[tuple[str, str, int | None, bytes]] = set()
 
     def axis(self, value: str) -> int:
         """The last axis of ``value`` as an attribute; negative axes came with operator set 11."""
@@ -81,13 +83,33 @@ class TensorOps:
             node.domain = domain
         self.placed.append(Placed(node, place, None))
 
-    def note(self, constant: str, units: NDArray[np.intp], stored: str, **places: Any) -> None:
+    def note(
+        self,
+        constant: str,
+        units: NDArray[np.intp],
+        stored: str,
+        *,
+        rows: int = 1,
+        transposed: bool = False,
+        **places: Any,
+    ) -> None:
         """Write down where ``units`` of a per-unit constant lie now; ``places`` as of :class:`Block`.
 
         An emitter notes every per-unit constant that its nodes read: a folded bias that is not noted cannot be proved.
+
+        Args:
+            constant: its name.
+            units: some of its units.
+            stored: the tensor that holds them.
+            rows: entries that each unit has: the product of the axes before the last one.
+            transposed: the units are the first of the tensor's axes that are not 1.
+            places: fields of the block.
         """
-        row = np.zeros(1, dtype=np.intp)
-        block = Block(row, units, stored, places.pop("transposed", False), **places)
+        key = (constant, stored, places.get("part"), units.tobytes())
+        if key in self._noted:
+            return
+        self._noted.add(key)
+        block = Block(np.arange(rows), units, stored, transposed, **places)
         self.constants.setdefault(constant, []).append(block)
 
     def split(
@@ -401,7 +423,7 @@ class BranchEmitter:
         if not np.array_equal(units, np.arange(size)):
             values = self._constants.array(name)[..., units]
             stored = self._ops.fresh.constant(f"{name}.branch{number}", values)
-        self._ops.note(name, units, stored.name)
+        self._ops.note(name, units, stored.name, rows=math.prod(shape[:-1]))
         return stored
 
 

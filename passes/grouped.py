@@ -7,6 +7,7 @@ Blocks that are smaller than others of their stack are padded with units whose w
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -197,16 +198,18 @@ class GroupedEmitter:
         self._note(name, tensor, site.output, number)
         return tensor
 
-    def _note(self, name: str, tensor: gs.Constant, like: str, number: int) -> None:
-        """Write down where the units of a constant lie, if it has one entry for each of the value ``like``."""
+    def _note(
+        self, name: str, tensor: gs.Constant, like: str, number: int, rows: int = 1
+    ) -> None:
+        """Write down where the units of a constant lie that has ``rows`` entries for each of the value ``like``."""
         axis = self._region.axis_of[like]
-        if self._constants[name].shape[-1:] != (self._region.axis_sizes[axis],):
-            return
         size = self._stacks[number].sizes[axis]
         for place, branch in enumerate(self._stacked(number)):
             units = branch.units[axis]
             places = self._layout.row(place, size, units.size)
-            self._ops.note(name, units, tensor.name, **places)
+            # With other axes behind it, a channel is the first one.
+            turned = rows > 1 and self._convolves
+            self._ops.note(name, units, tensor.name, rows=rows, transposed=turned, **places)
 
     def _padded(
         self, values: NDArray[Any], like: str, number: int, padding: float
@@ -259,7 +262,8 @@ class GroupedEmitter:
             values = self._padded(values, like, number, neutral)
         laid = self._layout.constant(values, self._stacks[number].count)
         tensor = self._ops.fresh.constant(f"{name}.stack{number}", laid)
-        self._note(name, tensor, like, number)
+        if shape[-1] == self._region.axis_sizes[self._region.axis_of[like]]:
+            self._note(name, tensor, like, number, math.prod(shape[:-1]))
         return tensor
 
     def _name(self, node: onnx.NodeProto, number: int) -> str:

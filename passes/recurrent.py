@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_decompose.analysis.recurrence import unit_columns
 from onnx_decompose.errors import PassError
-from onnx_decompose.metadata import Block
+from onnx_decompose.metadata import Block, SlicedConstant
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.splice import Fresh, Placed, constant_nodes, splice, with_nodes
@@ -53,11 +53,13 @@ class RewriteRecurrent(GraphPass):
         plans: the sites and how each is written.
         weight: gives the annealed weight of a site's operand and direction, (K, gates * H).
         record: filled with how each weight is spread over blocks, name -> blocks in the order of the cells.
+        constants: filled with how each B and P, (directions, parts * H), is, name -> blocks of one row.
     """
 
     plans: Sequence[tuple[RecurrentSite, RecurrentPlan]]
     weight: Callable[[RecurrentWeight], NDArray[Any]]
     record: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
+    constants: dict[str, SlicedConstant] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
         """The sites' nodes, and the constant nodes that only they read."""
@@ -73,7 +75,9 @@ class RewriteRecurrent(GraphPass):
         for site, plan in self.plans:
             ops.place = site.find(graph)
             node = graph.node[ops.place]
-            self.record.update(_SiteWriter(node, site, plan, self.weight, ops).write())
+            writer = _SiteWriter(node, site, plan, self.weight, ops)
+            self.record.update(writer.write())
+            self.constants.update(writer.constants)
         removed = [site.find(graph) for site, _ in self.plans]
         made = {name for site, _ in self.plans for name in site.outputs}
         proto = splice(model.proto, removed, ops.placed, unchanged=made)
@@ -207,6 +211,17 @@ class _SiteWriter:
         self._plan = plan
         self._weight = weight
         self._ops = ops
+        self._rows: dict[str, list[Block]] = {}
+
+    @property
+    def constants(self) -> dict[str, SlicedConstant]:
+        """Where the parts of B and P are stored, by the value's name."""
+        return {
+            self._site.operands[operand]: SlicedConstant(
+                (len(stored), stored[0].size), tuple(self._rows[operand])
+            )
+            for operand, stored in self._site.biases.items()
+        }
 
     def write(self) -> dict[str, tuple[Block, ...]]:
         """Write every direction and put their outputs together.
@@ -223,6 +238,8 @@ class _SiteWriter:
             w, r = self._site.weights[number]
             writer.write(self._weight(w), self._weight(r))
             record[w.name], record[r.name] = tuple(writer.w_blocks), tuple(writer.r_blocks)
+            for operand, blocks in writer.rows.items():
+                self._rows.setdefault(operand, []).extend(blocks)
             outputs.append(writer.joined())
         for kind, name in enumerate(self._site.outputs):
             if name and len(outputs) > 1:
@@ -255,6 +272,7 @@ class _DirectionWriter:
         self._outputs: list[dict[int, Value]] = []
         self.w_blocks: list[Block] = []
         self.r_blocks: list[Block] = []
+        self.rows: dict[str, list[Block]] = {}
 
     def write(self, w: NDArray[Any], r: NDArray[Any]) -> None:
         """Write the cells, each after those that it reads; ``w`` is (I, gates * H), ``r`` (H, gates * H)."""
@@ -405,8 +423,12 @@ class _DirectionWriter:
         stored = self._site.biases.get(operand)
         if stored is None:
             return None
-        part = stored[self._number][:, cell.units]
-        return self._constant(operand, number, part.reshape(-1))
+        parts, hidden = stored[self._number].shape
+        columns = unit_columns(cell.units, hidden, parts)
+        tensor = self._constant(operand, number, stored[self._number].reshape(-1)[columns])
+        row = np.asarray([self._number], np.intp)
+        self.rows.setdefault(operand, []).append(Block(row, columns, tensor.name, False))
+        return tensor
 
     def _note(
         self,

@@ -10,6 +10,7 @@ ArrayFeatureExtractor, and takes what the smaller product saves from a few rows 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -164,6 +165,7 @@ class SharedEmitter:
             self._take(made, self._copies.outputs, output, self._site.output, place)
         if bias is not None:
             constant = self._ops.fresh.constant(f"{name}.bias", bias)
+            self._note_bias(constant)
             self._ops.add("Add", [output, constant], [gs.Variable(name)], place)
 
     def _follower(self, name: str) -> int | None:
@@ -205,7 +207,16 @@ class SharedEmitter:
         ):
             return gs.Variable(name)
         values = self._constants.array(name)[..., units]
-        return self._ops.fresh.constant(f"{name}.{what}", values)
+        stored = self._ops.fresh.constant(f"{name}.{what}", values)
+        self._ops.note(name, units, stored.name, rows=math.prod(values.shape[:-1]))
+        return stored
+
+    def _note_bias(self, stored: gs.Constant) -> None:
+        """Write down where a Gemm's bias lies that is added after the repetition, unless a factor went into it."""
+        node = self._graph.node[self._site.node]
+        if attribute_values(node).get("beta", 1.0) == 1.0:
+            rows = math.prod(stored.values.shape[:-1])
+            self._ops.note(node.input[2], self._order[1], stored.name, rows=rows)
 
     def _is_per_unit(self, name: str) -> bool:
         if name not in self._constants:

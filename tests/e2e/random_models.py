@@ -24,6 +24,7 @@ NOISE = 0.02
 
 _STEPS = (
     *("site",) * 6,
+    *("normalized",) * 2,
     *("activation",) * 3,
     *("affine", "affine", "residual", "residual", "gate", "branch", "scalar", "broadcast"),
     *("tap", "softmax", "normalization", "mean", "reshape", "flip", "repeat", "shape"),
@@ -80,7 +81,7 @@ class Recipe:
         return cls(
             seed,
             steps=int(rng.integers(2, 13)),
-            groups=int(rng.integers(1, 4)),
+            groups=int(rng.choice([1, 2, 2, 3, 3])),
             rank=int(rng.choice([2, 2, 3, 3, 4])),
             opset=int(rng.choice([7, 9, 11, 13, 15, 17, 17, 18, 21])),
             dtype=str(rng.choice(["float32"] * 4 + ["float64"])),
@@ -220,7 +221,8 @@ class _Builder:
     def _shape_shares(count: int) -> Array:
         shares = np.ones(count)
         shares[0] = 6
-        return shares / shares.sum()
+        found: Array = shares / shares.sum()
+        return found
 
     def _weight(self, rows: Labels, columns: Labels, *, noise: float | None = None) -> Array:
         inside = (rows[:, None] == columns) & (rows[:, None] >= 0)
@@ -247,7 +249,8 @@ class _Builder:
         if spread:
             rest = self._rng.normal(0, spread, values.shape)
             values = np.where(values == 0, rest, values)
-        return values
+        found: Array = values
+        return found
 
     def _stored_weight(self, rows: Labels, columns: Labels) -> str:
         """A value that holds a weight, (K, N); sometimes one that is there already, or its transpose."""
@@ -297,6 +300,13 @@ class _Builder:
             ["Mul", "Add", "Mul", "Add", "Sub"], self._rng.integers(1, 4)
         ):
             value = self._with_constant(str(op), value, -1.0, 1.0)
+        return value
+
+    def _normalized(self, value: Value) -> Value:
+        """A site, and what a batch normalization leaves of itself behind it."""
+        value = self._product(value, self._labels())
+        for op in ("Mul", "Add")[: self._rng.integers(1, 3)]:
+            value = self._with_constant(op, value, -1.0, 1.0)
         return value
 
     def _scalar(self, value: Value) -> Value:
@@ -443,7 +453,8 @@ class _Builder:
         """A recurrent operator over the first axis, with its groups in cascade."""
         if len(value.lead) != 2 or self._recipe.opset < 11 or self._dtype != np.float32:
             return value
-        cell = str(self._rng.choice(list(GATES)))
+        cells = list(GATES)
+        cell = cells[int(self._rng.integers(len(cells)))]
         labels = self._labels()
         hidden, rows = labels.size, GATES[cell] * labels.size
         w = np.concatenate([self._weight(value.labels, labels).T for _ in range(GATES[cell])])

@@ -40,7 +40,7 @@ class Outcome:
 
     @property
     def decisions(self) -> set[str]:
-        made = {plan.decision for _, plan in self.tried.rewrites}
+        made: set[str] = {plan.decision for _, plan in self.tried.rewrites}
         return made | {"recurrent"} if self.tried.recurrent.rewrites else made
 
 

@@ -18,12 +18,14 @@ from onnx_decompose.metadata import (
     Decomposition,
     Reordered,
     SiteBlocks,
+    SlicedConstant,
     digest,
     read_decomposition,
     write_decomposition,
 )
 from onnx_decompose.metrics import Metric
 from onnx_decompose.model_io import Model
+from onnx_decompose.passes.splice import ORIGIN_KEY
 from onnx_decompose.samples import samples_from_arrays
 from onnx_decompose.sessions import Provider
 from onnx_decompose.tensors import graph_inputs
@@ -543,3 +545,122 @@ class TestReordered:
     def test_an_order_that_leaves_units_out_is_refused(self) -> None:
         with pytest.raises(ModelError, match="leaves some out"):
             self.prove([2, 0], axes={-1: np.array([2, 0])})
+
+
+class TestSliced:
+    """What rewritten operators read of a per-unit constant are the original's entries."""
+
+    BLOCKS = (
+        Block(np.array([0]), np.array([2, 0]), "scale.0", False),
+        Block(
+            np.array([0]), np.array([1, 3, 4]), "scale.1", False, 0, None, np.array([1, 2, 3])
+        ),
+    )
+
+    def prove(
+        self,
+        first: list[float],
+        second: list[float],
+        shape: tuple[int, int] = (1, 5),
+        name: str = "scale",
+        scale: list[float] = [0, 1, 2, 3, 4],  # noqa: B006 (read only)
+    ) -> str | None:
+        before = model(
+            [helper.make_node("Mul", ["x", "scale"], ["y"], "scaled")],
+            {"scale": np.array(scale, np.float32)},
+        )
+        after = model(
+            [helper.make_node("Mul", ["x", "scale.0"], ["y"], "scaled")],
+            {"scale.0": np.array(first, np.float32), "scale.1": np.array([second], np.float32)},
+        )
+        constants = {name: SlicedConstant(shape, self.BLOCKS)}
+        write_decomposition(after.proto, Decomposition(0.01, {}, constants=constants), "0")
+        return prove(before, after)
+
+    def test_the_same_entries(self) -> None:
+        assert self.prove([2, 0], [7, 1, 3, 4]) is None
+
+    def test_one_number_for_all_units(self) -> None:
+        assert self.prove([9, 9], [7, 9, 9, 9], scale=[9]) is None
+        assert "is not the original's" in str(self.prove([9, 9], [7, 9, 8, 9], scale=[9]))
+
+    @pytest.mark.parametrize(
+        ("first", "second", "part"),
+        [
+            ([2, 0.001], [7, 1, 3, 4], 0),
+            ([2, 0], [7, 1, 4, 3], 1),
+            ([2, -0.0], [7, 1, 3, 4], 0),
+        ],
+    )
+    def test_other_entries(self, first: list[float], second: list[float], part: int) -> None:
+        reason = f"constant 'scale': its part 'scale.{part}' is not the original's"
+        assert self.prove(first, second) == reason
+
+    def test_a_part_of_another_size(self) -> None:
+        assert "constant 'scale': part " in str(self.prove([2, 0, 1], [7, 1, 3, 4]))
+
+    def test_a_constant_of_another_shape(self) -> None:
+        assert self.prove([2, 0], [7, 1, 3, 4], (1, 6)) == "constant 'scale' has another shape"
+
+    def test_a_constant_that_is_not_there(self) -> None:
+        assert "'other' is missing" in str(self.prove([2, 0], [7, 1, 3, 4], name="other"))
+
+
+class TestNodes:
+    """What was not rewritten, and copies of what was, have the original's operators and attributes."""
+
+    def prove(self, node: onnx.NodeProto, origin: str | None = None) -> str | None:
+        before = model([helper.make_node("LeakyRelu", ["x"], ["y"], "leaky", alpha=0.1)], {})
+        after = model([node], {})
+        if origin is not None:
+            after.proto.graph.node[0].metadata_props.add(key=ORIGIN_KEY, value=origin)
+        write_decomposition(after.proto, Decomposition(0.01, {}), "0")
+        return prove(before, after)
+
+    @pytest.mark.parametrize("origin", [None, "leaky"])
+    def test_the_same(self, origin: str | None) -> None:
+        node = helper.make_node("LeakyRelu", ["x"], ["y"], "copy", alpha=0.1)
+        assert self.prove(node, origin) is None
+
+    @pytest.mark.parametrize("origin", [None, "leaky"])
+    def test_another_attribute(self, origin: str | None) -> None:
+        node = helper.make_node("LeakyRelu", ["x"], ["y"], "copy", alpha=0.1001)
+        assert "other attributes" in str(self.prove(node, origin))
+
+    @pytest.mark.parametrize("origin", [None, "leaky"])
+    def test_another_operator(self, origin: str | None) -> None:
+        node = helper.make_node("Relu", ["x"], ["y"], "copy")
+        expected = "node 'copy' is Relu, and 'leaky' of the original LeakyRelu"
+        assert self.prove(node, origin) == expected
+
+
+class TestCancelling:
+    """Where terms cancel, what is left is the rounding of the terms."""
+
+    def claim(self, less: float) -> StructuralClaim:
+        tenth = np.float32(0.1)
+
+        def shifted(minus: np.float32) -> Model:
+            nodes = [
+                helper.make_node("Add", ["x", "plus"], ["s"]),
+                helper.make_node("Sub", ["s", "minus"], ["y"]),
+            ]
+            found = model(nodes, {"plus": np.array(tenth), "minus": np.array(minus)})
+            found.proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
+            return found
+
+        before, after = shifted(tenth), shifted(np.float32(tenth - less))
+        after.proto.graph.initializer[1].name = "other"
+        after.proto.graph.node[1].input[1] = "other"
+        write_decomposition(after.proto, Decomposition(0.01, {}), "0")
+        return claim(before, after)
+
+    def test_the_last_bit_of_an_output_s_usual_size_is_allowed_where_it_is_zero(self) -> None:
+        found = self.claim(1e-8)
+        assert found.error > 0
+        assert found
+
+    def test_more_is_not(self) -> None:
+        found = self.claim(1e-5)
+        assert not found
+        assert "on zeros inputs" in found.reason
