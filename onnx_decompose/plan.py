@@ -82,6 +82,12 @@ class RegionPlan:
         """Entries that a weight from one axis to another stores after the rewrite."""
         return sum(inputs * outputs for inputs, outputs in self.blocks(source, target))
 
+    def left_dense(self, reason: str) -> RegionPlan:
+        """The region as it was, where this plan turned out not to pay."""
+        return dataclasses.replace(
+            self, decision="dense", reason=reason, branches=(), copies=None, grouping=None
+        )
+
     def positions(self, axis: int) -> list[IntArray]:
         """Where each branch's units stand in a value of the border, ascending."""
         place = self.places.get(axis)
