@@ -10,7 +10,7 @@ import onnx
 import onnx.compose
 import pytest
 
-from onnx_decompose import pipeline
+from onnx_decompose import acceptance
 from onnx_decompose.bench import BatchTiming, Timing
 from onnx_decompose.cost import CPU
 from onnx_decompose.decompose import Attempt, attempt
@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Timing], list[int]]:
             calls.append(1)
             return measured
 
-        monkeypatch.setattr("onnx_decompose.pipeline.bench_models", bench_models)
+        monkeypatch.setattr("onnx_decompose.acceptance.bench_models", bench_models)
         return calls
 
     return install
@@ -151,7 +151,7 @@ class TestSeveralRegions:
                 return timing(models[log.count("model") - 1])
 
             monkeypatch.setattr("onnx_decompose.region_bench.RegionBench.time", alone)
-            monkeypatch.setattr("onnx_decompose.pipeline.bench_models", finished)
+            monkeypatch.setattr("onnx_decompose.acceptance.bench_models", finished)
             return log
 
         return install
@@ -220,14 +220,14 @@ class TestSeveralRegions:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         log = times({"up": 0.8, "second.up": 2.0}, [0.9, 9.9])
-        measure = pipeline._measure
+        measure = acceptance._measure
 
         def first_only(*arguments: Any) -> Any:
             if "model" in log:
                 raise AnnealingError("outside the budget")
             return measure(*arguments)
 
-        monkeypatch.setattr(pipeline, "_measure", first_only)
+        monkeypatch.setattr(acceptance, "_measure", first_only)
         output = two.with_name("out.onnx")
         result = command("rewrite", two, "-o", output, *SPLIT)
         assert result.code == 0
