@@ -17,9 +17,6 @@ from onnx_decompose.study import state_graph
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from onnx_decompose.cost import CostModel
     from onnx_decompose.decompose import Attempt
     from onnx_decompose.plan import RegionPlan
@@ -49,20 +46,13 @@ def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -
         if plan.decision == "dense" and not tried.keeps_weights(region, plan):
             plans.append((region, plan))
             continue
-        candidates = candidate_plans(
-            state_graph(tried.study, region, _masks(tried, region, plan)), cost, emit
-        )
+        # Its own masks: constant units may be folded out of them.
+        masks = {site.name: mask for site, mask in zip(region.sites, plan.masks, strict=True)}
+        candidates = candidate_plans(state_graph(tried.study, region, masks), cost, emit)
         if plan.decision == "shared":  # which is planned from the weight, not from the masks
             candidates = (plan, *candidates)
         plans.append((region, _fastest(region, plan, candidates, bench, emit)))
     return absorbing(dataclasses.replace(tried, plans=tuple(plans)))
-
-
-def _masks(tried: Attempt, region: Region, plan: RegionPlan) -> dict[str, NDArray[np.bool_]]:
-    """What a region is planned with; a rewritten one with its own masks, which constant units may be folded out of."""
-    if plan.decision == "dense":
-        return {site.name: tried.selections[site.name].mask for site in region.sites}
-    return {site.name: mask for site, mask in zip(region.sites, plan.masks, strict=True)}
 
 
 def _fastest(
@@ -84,8 +74,7 @@ def _fastest(
     rank = f"the fastest of {len(chosen)} candidates"
     harm = slowdown(timing)
     if harm is not None and emit == "auto":
-        reason = f"{plan.reason}; {rank}, timed alone, is {harm}"
-        return dataclasses.replace(plan, decision="dense", branches=(), reason=reason)
+        return plan.left_dense(f"{plan.reason}; {rank}, timed alone, is {harm}")
     reason = f"{plan.reason}; {rank}, {timing.speedup:.2f}x timed alone"
     return dataclasses.replace(plan, reason=reason)
 

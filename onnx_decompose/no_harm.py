@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from onnx_decompose.bench import Timing
     from onnx_decompose.decompose import Attempt
-    from onnx_decompose.plan import RegionPlan
     from onnx_decompose.region_bench import RegionBench
 
 __all__ = [
@@ -76,12 +75,12 @@ def without_harmful(tried: Attempt, timings: Mapping[str, Timing], harm: str) ->
             for name in slowest
         }
     plans = tuple(
-        (region, _dense(plan, causes[region.name]))
+        (region, plan.left_dense(f"{plan.reason}; left dense: {causes[region.name]}"))
         if plan.decision != "dense" and region.name in causes
         else (region, plan)
         for region, plan in tried.plans
     )
-    return absorbing(dataclasses.replace(tried, plans=plans, absorbed={}))
+    return absorbing(dataclasses.replace(tried, plans=plans))
 
 
 def without_recurrent(tried: Attempt, harm: str) -> Attempt:
@@ -98,11 +97,5 @@ def without_recurrent(tried: Attempt, harm: str) -> Attempt:
         else (site, plan)
         for site, plan in tried.recurrent.plans
     )
-    return dataclasses.replace(
-        tried, recurrent=dataclasses.replace(tried.recurrent, plans=plans)
-    )
-
-
-def _dense(plan: RegionPlan, cause: str) -> RegionPlan:
-    reason = f"{plan.reason}; left dense: {cause}"
-    return dataclasses.replace(plan, decision="dense", branches=(), reason=reason)
+    recurrent = dataclasses.replace(tried.recurrent, plans=plans)
+    return absorbing(dataclasses.replace(tried, recurrent=recurrent))

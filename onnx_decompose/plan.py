@@ -72,12 +72,20 @@ class RegionPlan:
         place = self.places.get(axis)
         return np.arange(size, dtype=np.intp) if place is None else np.argsort(place)
 
+    def blocks(self, source: int, target: int) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of every block that a weight from one axis to another is stored as, padding included."""
+        if self.grouping is not None:
+            return self.grouping.blocks(source, target)
+        return tuple((b.units[source].size, b.units[target].size) for b in self.branches)
+
     def entries(self, source: int, target: int) -> int:
         """Entries that a weight from one axis to another stores after the rewrite."""
-        if self.grouping is not None:
-            return self.grouping.entries(source, target)
-        return sum(
-            branch.units[source].size * branch.units[target].size for branch in self.branches
+        return sum(inputs * outputs for inputs, outputs in self.blocks(source, target))
+
+    def left_dense(self, reason: str) -> RegionPlan:
+        """The region as it was, where this plan turned out not to pay."""
+        return dataclasses.replace(
+            self, decision="dense", reason=reason, branches=(), copies=None, grouping=None
         )
 
     def positions(self, axis: int) -> list[IntArray]:

@@ -45,7 +45,7 @@ class SiteReport:
         layers: topological layers of their condensation, else None.
         decision: ``dense``, ``shrink``, ``split``, ``grouped``, ``triangular`` or ``shared``.
         reason: why.
-        blocks: (inputs, outputs) of each block, without padding.
+        blocks: (inputs, outputs) of each block as it is stored: in a stack, with its padding.
         p_structure: how often the same entries shuffled give as much structure; None where it was not tested.
     """
 

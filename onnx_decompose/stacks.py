@@ -60,11 +60,17 @@ class Grouping:
         """Units of an axis, padding included."""
         return sum(stack.count * stack.sizes[axis] for stack in self.stacks)
 
+    def blocks(self, source: int, target: int) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of every block of a weight between two axes, padding included."""
+        return tuple(
+            (stack.sizes[source], stack.sizes[target])
+            for stack in self.stacks
+            for _ in range(stack.count)
+        )
+
     def entries(self, source: int, target: int) -> int:
         """Entries that a weight between two axes stores, padding included."""
-        return sum(
-            stack.count * stack.sizes[source] * stack.sizes[target] for stack in self.stacks
-        )
+        return sum(inputs * outputs for inputs, outputs in self.blocks(source, target))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

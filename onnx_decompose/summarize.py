@@ -201,7 +201,7 @@ def _site_report(
         layers=None if square is None else square.layers,
         decision=plan.decision,
         reason=plan.reason + (f" ({selection.note})" if selection.note else ""),
-        blocks=tuple((b.units[source].size, b.units[target].size) for b in plan.branches),
+        blocks=plan.blocks(source, target),
         p_structure=_p_structure(selection.mask, np.random.default_rng(seed)),
     )
     return _unless(refusal, report)

@@ -85,7 +85,7 @@ def stack_form(
     layouts: set[StackLayout] = {"rows"}
     types = {constants[site.weight].data_type for site in region.sites}
     # onnxruntime has products of no rows, and no convolutions of them.
-    counting = any(node.op_type in _COUNTING for node in graph.node)
+    counting = not _COUNTING.isdisjoint(_operators(graph))
     if types <= _CONVOLVED and (rank <= 3 or flat is not None) and not counting:
         layouts.add("columns")
     return StackForm(frozenset(layouts), rank, flat, survey.unpadded())
@@ -223,6 +223,15 @@ def fused_nodes(graph: onnx.GraphProto, region: Region, constants: Constants) ->
         if node.op_type in _FUSED and node.input[0] in alone:
             fused.add(index)
     return fused
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[str]:
+    """The operators of a graph and its subgraphs."""
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _operators(inner)
 
 
 def _is_vector(shape: tuple[int, ...]) -> bool:

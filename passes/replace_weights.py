@@ -67,7 +67,8 @@ class ReplaceWeights(GraphPass):
             if site in self.biases:
                 wanted = f"{bias.constant or site.output + '.bias'}.folded"
                 shape = (*(1 for _ in range(bias.axes)), -1)
-                stored = edit.constant(wanted, self.biases[site].reshape(shape))
+                # Two sites that had one bias have one each now: what becomes of it is told by its name.
+                stored = edit.constant(wanted, self.biases[site].reshape(shape), shared=False)
                 self.record[site.name] = stored
             self.outputs[site.name] = edit.affine(site, bias, stored)
         proto = with_nodes(model.proto, edit.ordered(), edit.tensors.values())
@@ -90,9 +91,9 @@ class _Edit:
         self._gone: set[int] = set()
         self._fresh = Fresh(graph)
 
-    def constant(self, wanted: str, values: NDArray[Any]) -> str:
-        """The name of a new initializer."""
-        tensor = self._fresh.constant(wanted, values)
+    def constant(self, wanted: str, values: NDArray[Any], *, shared: bool = True) -> str:
+        """The name of a new initializer; arguments as of :meth:`Fresh.constant`."""
+        tensor = self._fresh.constant(wanted, values, shared=shared)
         self.tensors[tensor.name] = tensor
         return str(tensor.name)
 

@@ -49,9 +49,13 @@ class Fresh:
         self._names.add(candidate)
         return candidate
 
-    def constant(self, wanted: str, values: NDArray[Any]) -> gs.Constant:
-        """A new initializer; equal values that are wanted under one name are stored once."""
+    def constant(
+        self, wanted: str, values: NDArray[Any], *, shared: bool = True
+    ) -> gs.Constant:
+        """A new initializer; equal values that are wanted under one name are stored once, unless not ``shared``."""
         stored = np.ascontiguousarray(values)
+        if not shared:
+            return gs.Constant(self.name(wanted), stored)
         digest = hashlib.sha256(stored.tobytes()).digest()
         key = (wanted, stored.dtype.name, stored.shape, digest)
         if key not in self._stored:

@@ -10,8 +10,10 @@ import onnx
 import onnx.compose
 import pytest
 
-from onnx_decompose import pipeline
+from onnx_decompose import acceptance
 from onnx_decompose.bench import BatchTiming, Timing
+from onnx_decompose.cost import CPU
+from onnx_decompose.decompose import Attempt, attempt
 from onnx_decompose.errors import AnnealingError
 from onnx_decompose.sessions import Provider
 from tests.e2e.planted import Planted, Recipe, dense_ffn, found_partition, plant, save
@@ -59,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Timing], list[int]]:
             calls.append(1)
             return measured
 
-        monkeypatch.setattr("onnx_decompose.pipeline.bench_models", bench_models)
+        monkeypatch.setattr("onnx_decompose.acceptance.bench_models", bench_models)
         return calls
 
     return install
@@ -149,7 +151,7 @@ class TestSeveralRegions:
                 return timing(models[log.count("model") - 1])
 
             monkeypatch.setattr("onnx_decompose.region_bench.RegionBench.time", alone)
-            monkeypatch.setattr("onnx_decompose.pipeline.bench_models", finished)
+            monkeypatch.setattr("onnx_decompose.acceptance.bench_models", finished)
             return log
 
         return install
@@ -218,14 +220,14 @@ class TestSeveralRegions:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         log = times({"up": 0.8, "second.up": 2.0}, [0.9, 9.9])
-        measure = pipeline._measure
+        measure = acceptance._measure
 
         def first_only(*arguments: Any) -> Any:
             if "model" in log:
                 raise AnnealingError("outside the budget")
             return measure(*arguments)
 
-        monkeypatch.setattr(pipeline, "_measure", first_only)
+        monkeypatch.setattr(acceptance, "_measure", first_only)
         output = two.with_name("out.onnx")
         result = command("rewrite", two, "-o", output, *SPLIT)
         assert result.code == 0
@@ -261,6 +263,34 @@ class TestSeveralRegions:
         assert sites["second.up"]["decision"] != "dense"
         assert "timed alone, is slower at batch 1: 0.80x" in sites["up"]["reason"]
         assert "2.00x timed alone" in sites["second.up"]["reason"]
+
+
+@pytest.mark.parametrize(("budget", "branches"), [("0.01", 8), ("0.003", 1)])
+def test_the_fastest_plan_counts_only_within_the_budget(
+    budget: str,
+    branches: int,
+    command: Command,
+    clock: Callable[[Timing], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Eight branches have no room for what is between the blocks, which makes an error of 0.007."""
+    clock(timing(2.0))
+
+    def apart(tried: Attempt, *_: object) -> Attempt:
+        rng = np.random.default_rng(0)
+        return attempt(
+            tried.study, tried.evidence, tried.criterion, cost=CPU, emit="split", rng=rng
+        )
+
+    monkeypatch.setattr("onnx_decompose.pipeline.autotuned", apart)
+    planted = plant(Recipe(isolated=(2, 0), noise=1e-3), np.random.default_rng(0))
+    model, output = save(planted.model, tmp_path / "model.onnx"), tmp_path / "out.onnx"
+    options = ("--null", "normal:0.001", "--criterion", "ksigma:5", "--budget", budget)
+    asked = (*options, "--emit", "shrink", "--autotune")
+    result = command("rewrite", model, "-o", output, *asked)
+    assert (result.code, result.err) == (0, "")
+    assert len(found_partition(onnx.load(output), "up")) == branches
 
 
 def test_a_faster_model_is_written(

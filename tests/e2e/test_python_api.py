@@ -274,7 +274,7 @@ class TestErrors:
                 "m.onnx: claim A does not hold: so; nothing was written"
             )
 
-        monkeypatch.setattr("onnx_decompose.pipeline.structural_claim", fail)
+        monkeypatch.setattr("onnx_decompose.acceptance.structural_claim", fail)
         model = save(eight.model, tmp_path / "m.onnx")
         arguments = ("--emit", "split", "--force", "--batch", "1")
         result = command("rewrite", model, "-o", tmp_path / "out.onnx", *arguments)

@@ -169,7 +169,7 @@ def test_where_the_model_is_slower_recurrent_operators_are_left_dense_first(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdicts: list[str | None] = ["slower at batch 1: 0.50x", None]
-    monkeypatch.setattr("onnx_decompose.pipeline.slowdown", lambda _: verdicts.pop(0))
+    monkeypatch.setattr("onnx_decompose.acceptance.slowdown", lambda _: verdicts.pop(0))
     rng = np.random.default_rng(9)
     model = with_head(plant(Recipe("RNN", outputs=("Y_h",)), rng), rng)
     options = ("--emit", "split", "--batch", "1")

@@ -58,7 +58,7 @@ def masks(name: str) -> list[NDArray[np.bool_]]:
 def never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a rewrite pays is measured by the demo, not by a test."""
     timing = Timing(Provider.CPU, (BatchTiming(1, 2.0, 1.0, 2.0, 1.9, 2.1, 8),))
-    monkeypatch.setattr("onnx_decompose.pipeline.bench_models", lambda *_, **__: timing)
+    monkeypatch.setattr("onnx_decompose.acceptance.bench_models", lambda *_, **__: timing)
 
 
 @pytest.mark.parametrize("name", NAMES)

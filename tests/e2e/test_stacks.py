@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,11 +66,16 @@ def test_what_is_folded_is_proved_in_stacks(
 ) -> None:
     original, output = tmp_path / "original.onnx", tmp_path / "out.onnx"
     onnx.save(blocks_with_dead_units(np.random.default_rng(3), rest, dtype), original)
-    asked = ["--emit", "grouped", *options, "--batch", "1", "--force"]
+    report = tmp_path / "report.json"
+    asked = ["--emit", "grouped", *options, "--batch", "1", "--force", "--report", report]
     result = command("rewrite", original, "-o", output, *asked)
     assert result.code == 0, result.err
     rewritten = onnx.load(output)
     assert op in {node.op_type for node in rewritten.graph.node}
+    # The report counts what is stored, padding included.
+    stored = [t for t in rewritten.graph.initializer if t.name.startswith("w")]
+    summary = json.loads(report.read_text("utf-8"))["summary"]
+    assert summary["weights_after"] == sum(math.prod(tensor.dims) for tensor in stored)
     result = command("validate", original, output, "--samples", "2")
     assert result.code == 0, result.out + result.err
     assert "3 weights and" in result.out

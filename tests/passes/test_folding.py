@@ -309,6 +309,18 @@ def test_a_product_that_others_read_gets_an_add_of_its_own(rng: np.random.Genera
     check_parity(folded.result, rng)
 
 
+def test_two_sites_with_one_bias_have_one_each(rng: np.random.Generator) -> None:
+    """Two inputs through the same layers: equal biases are not stored once, for each is proved by its name."""
+    text = """g (float[B, 4] x, float[B, 4] z) => (float[B, 4] y, float[B, 4] v) {
+        h = MatMul(x, w1) a = Add(h, b1) r = Relu(a) o = MatMul(r, w2) y = Add(o, b2)
+        i = MatMul(z, w1) c = Add(i, b1) s = Relu(c) p = MatMul(s, w2) v = Add(p, b2)
+    }"""
+    folded = fold(parse(text, tensors(rng)))
+    assert folded.claim
+    np.testing.assert_array_equal(folded.tensor("b2.folded"), folded.tensor("b2.folded_1"))
+    check_parity(folded.result, rng)
+
+
 def test_other_readers_of_the_bias_keep_it(rng: np.random.Generator) -> None:
     text = """g (float[B, 4] x) => (float[B, 4] y, float[B, 4] z) {
         h = MatMul(x, w1) a = Add(h, b1) r = Relu(a) o = MatMul(r, w2) y = Add(o, b2) z = Mul(x, b2)

@@ -407,10 +407,22 @@ def test_no_rows_at_all(axes: str, rng: np.random.Generator) -> None:
     assert list(y.shape) == shape
 
 
-def test_rows_that_the_data_decide_are_not_convolved(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "some",
+    [
+        "x = Compress <axis = 0> (z, found)",
+        """one = ReduceMax <keepdims = 0> (z) is = Cast <to = 9> (one) x = If (is) <
+            then_branch = t () => (float[M, 32] o) { o = Compress <axis = 0> (z, found) },
+            else_branch = e () => (float[M, 32] p) { p = Identity (z) }>""",
+    ],
+    ids=["plain", "in a branch"],
+)
+def test_rows_that_the_data_decide_are_not_convolved(
+    some: str, rng: np.random.Generator
+) -> None:
     """There may be none, and onnxruntime has no convolution of nothing."""
-    text = """g (float[N, 32] z, bool[N] found) => (float[M, 32] y) {
-        x = Compress <axis = 0> (z, found) h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2) }"""
+    text = f"""g (float[N, 32] z, bool[N] found) => (float[M, 32] y) {{
+        {some} h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2) }}"""
     model = ffn(rng, text)
     assert rewrite(model, "grouped", layout="columns").decisions == [("dense", 0)]
     result = rewrite(model, "grouped")

@@ -193,7 +193,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(bench_planted, "bench_candidates", bench_candidates)
     monkeypatch.setattr(
-        "onnx_decompose.pipeline.bench_models", lambda *_, **__: timing(2.0, 2.0)
+        "onnx_decompose.acceptance.bench_models", lambda *_, **__: timing(2.0, 2.0)
     )
     monkeypatch.setattr("onnx_decompose.summarize._SHUFFLED_ENTRIES", 0)
     monkeypatch.setattr(bench_planted, "PEERS", {"copier": lambda model: model, "none": absent})

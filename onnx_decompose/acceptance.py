@@ -1,0 +1,206 @@
+"""What a rewritten model goes through before it is accepted: both claims, and the clock against the original."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_decompose.bench import Timing, bench_models, slowdown, timing_feeds
+from onnx_decompose.cases import open_model, working_size
+from onnx_decompose.decompose import Attempt, rewritten_model
+from onnx_decompose.errors import AnnealingError, StructuralError
+from onnx_decompose.feeds import index_limits
+from onnx_decompose.metadata import write_decomposition
+from onnx_decompose.no_harm import (
+    MOST_TRIES,
+    region_timings,
+    short_settings,
+    without_harmful,
+    without_recurrent,
+)
+from onnx_decompose.region_bench import RegionBench
+from onnx_decompose.summarize import Measured
+from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.verify import (
+    AnnealingClaim,
+    StructuralClaim,
+    measure_annealing,
+    structural_claim,
+)
+from onnx_decompose.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from onnx_decompose.model_io import Model
+    from onnx_decompose.options import Options
+    from onnx_decompose.sessions import Provider
+    from onnx_decompose.verify import Inputs
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Made", "make", "time_models"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Made:
+    """A rewritten model with its claims and times.
+
+    Attributes:
+        tried: the attempt that it carries out.
+        model: the rewritten model, with its decomposition in it.
+        structural: claim A.
+        annealing: claim B.
+        timing: against the original.
+    """
+
+    tried: Attempt
+    model: Model
+    structural: StructuralClaim
+    annealing: AnnealingClaim
+    timing: Timing
+
+    @property
+    def measured(self) -> Measured:
+        """The three figures, for the report."""
+        return Measured(self.structural, self.annealing, self.timing)
+
+
+def make(
+    tried: Attempt, inputs: Inputs, provider: Provider, options: Options
+) -> tuple[Made, str | None]:
+    """The rewritten model, proved and timed; where it is slower, one that leaves dense what does not pay.
+
+    Returns:
+        The model, and None; or the last one tried, and what is against it.
+
+    Raises:
+        ClaimError: a claim does not hold.
+    """
+    made = _proved(tried, inputs, provider, options)
+    harm = None if options.force else slowdown(made.timing)
+    return (
+        (made, None) if harm is None else _without_harm(made, harm, inputs, provider, options)
+    )
+
+
+def time_models(
+    original: Model, rewritten: Model, inputs: Inputs, provider: Provider, options: Options
+) -> Timing:
+    """Both models side by side, at every asked batch size."""
+    logger.info("timing the rewritten model against the original")
+    rng = np.random.default_rng(options.seed)
+    reference = open_model(original, provider, fast=True)
+    feeds = timing_feeds(
+        graph_inputs(original.proto),
+        options.batch,
+        rng=rng,
+        other=64 if inputs.samples else working_size(original.proto, reference, rng),
+        limits=index_limits(original.proto),
+        samples=inputs.samples,
+    )
+    return bench_models(
+        reference,
+        open_model(rewritten, provider, fast=True),
+        feeds_by_batch=feeds,
+        provider=provider,
+        rng=rng,
+    )
+
+
+def _proved(tried: Attempt, inputs: Inputs, provider: Provider, options: Options) -> Made:
+    """The rewritten model, proved and timed."""
+    original = tried.study.model
+    logger.info(
+        "writing %d regions as branches, %d recurrent operators as smaller ones",
+        len(tried.rewrites),
+        len(tried.recurrent.rewrites),
+    )
+    model = _rewrite(tried, options)
+    return Made(
+        tried,
+        model,
+        structural=_prove(original, model, inputs, provider),
+        annealing=_measure(original, model, inputs, provider, options),
+        timing=time_models(original, model, inputs, provider, options),
+    )
+
+
+def _without_harm(
+    made: Made, harm: str, inputs: Inputs, provider: Provider, options: Options
+) -> tuple[Made, str | None]:
+    """A model that leaves dense what does not pay: recurrent operators first, then regions.
+
+    Returns:
+        The model, and None; or the last one tried, and what is still against it.
+    """
+    timings: Mapping[str, Timing] = {}
+    for _ in range(MOST_TRIES - 1):
+        tried = made.tried
+        if len(tried.rewrites) + len(tried.recurrent.rewrites) == 1:
+            break
+        if tried.recurrent.rewrites:
+            smaller = without_recurrent(tried, harm)
+        else:
+            if not timings:
+                logger.info("the model is %s: timing its regions alone", harm)
+                timings = _time_regions(tried, provider, options)
+            smaller = without_harmful(tried, timings, harm)
+        if not smaller.takes_apart:
+            return dataclasses.replace(made, tried=smaller), harm
+        try:
+            made = _proved(smaller, inputs, provider, options)
+        except AnnealingError as error:  # fewer removals are not always a smaller error
+            logger.info("%s", error)
+            break
+        still = slowdown(made.timing)
+        if still is None:
+            return made, None
+        harm = still
+    return made, harm
+
+
+def _time_regions(tried: Attempt, provider: Provider, options: Options) -> Mapping[str, Timing]:
+    rng = np.random.default_rng(options.seed)
+    settings = short_settings(len(tried.rewrites), len(options.batch))
+    return region_timings(
+        tried, RegionBench(tried.study, options.batch, provider, rng, settings)
+    )
+
+
+def _rewrite(tried: Attempt, options: Options) -> Model:
+    rewritten, decomposition = rewritten_model(tried, options.budget)
+    write_decomposition(rewritten.proto, decomposition, VERSION)
+    return rewritten
+
+
+def _prove(
+    original: Model, rewritten: Model, inputs: Inputs, provider: Provider
+) -> StructuralClaim:
+    """Claim A: on the weights first, then on outputs."""
+    logger.info("checking claim A: rewritten against annealed")
+    claim = structural_claim(original, rewritten, inputs=inputs, provider=provider)
+    if not claim:
+        raise StructuralError(
+            f"{original.label}: claim A does not hold: {claim.reason}; nothing was written"
+        )
+    return claim
+
+
+def _measure(
+    original: Model, rewritten: Model, inputs: Inputs, provider: Provider, options: Options
+) -> AnnealingClaim:
+    """Claim B on the model that would be written."""
+    logger.info("checking claim B: rewritten against the original")
+    claim = measure_annealing(
+        original, rewritten, inputs=inputs, provider=provider, budget=options.budget
+    )
+    if not claim:
+        raise AnnealingError(
+            f"{original.label}: claim B does not hold: {claim.measure} {claim.error:.3g} against a budget of "
+            f"{claim.budget:g} on {claim.data}; nothing was written"
+        )
+    return claim

@@ -1,0 +1,105 @@
+"""The annealing schedule: from the largest removal to none, the first level whose measured error is in the budget."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_decompose.analysis.criteria import Criterion, make_criterion
+from onnx_decompose.analysis.shared import Shared
+from onnx_decompose.cost_cache import cost_model
+from onnx_decompose.decompose import Attempt, annealed_model, attempt
+from onnx_decompose.gather import gather_all
+from onnx_decompose.verify import AnnealingClaim, measure_annealing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from onnx_decompose.analysis.evidence import Evidence
+    from onnx_decompose.cost import CostModel
+    from onnx_decompose.options import Options
+    from onnx_decompose.sessions import Provider
+    from onnx_decompose.study import Study
+    from onnx_decompose.verify import Inputs
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["anneal_within_budget", "attempt_with", "measure_annealed"]
+
+
+def anneal_within_budget(
+    study: Study, options: Options, inputs: Inputs, provider: Provider
+) -> tuple[Attempt, str | None]:
+    """The largest removal whose measured error is inside the budget.
+
+    Returns:
+        The attempt to carry out and None; or the attempt that was asked for and what stood against it, None where
+        it takes nothing apart.
+    """
+    cost = cost_model(provider, options.batch)
+    asked: Attempt | None = None
+    refusal: str | None = None
+    for evidence, criterion in _levels(study, options):
+        logger.info("%s: testing %d weights", criterion.name, len(study.weights))
+        tried = attempt_with(study, evidence, criterion, options, cost)
+        asked = asked or tried
+        if not tried.takes_apart:
+            continue
+        if tried.is_exact:
+            return tried, None
+        claim = measure_annealed(tried, inputs, provider, options)
+        if claim:
+            return tried, None
+        refusal = refusal or (
+            f"at {criterion.name} the {claim.measure} would be {claim.error:.2g} against a budget of "
+            f"{claim.budget:g} on {claim.data}"
+        )
+    assert asked is not None
+    return asked, refusal
+
+
+def measure_annealed(
+    tried: Attempt, inputs: Inputs, provider: Provider, options: Options
+) -> AnnealingClaim:
+    """Claim B on the dense annealed model: before anything is rewritten."""
+    claim = measure_annealing(
+        tried.study.model,
+        annealed_model(tried),
+        inputs=inputs,
+        provider=provider,
+        budget=options.budget,
+    )
+    logger.info("%s: %s", tried.criterion.name, claim)
+    return claim
+
+
+def attempt_with(
+    study: Study,
+    evidence: Mapping[str, Evidence],
+    criterion: Criterion,
+    options: Options,
+    cost: CostModel,
+) -> Attempt:
+    """The attempt at one level, with the emission and the seed that were asked for."""
+    rng = np.random.default_rng(options.seed)
+    return attempt(study, evidence, criterion, cost=cost, emit=options.emit, rng=rng)
+
+
+def _levels(
+    study: Study, options: Options
+) -> Iterator[tuple[Mapping[str, Evidence], Criterion]]:
+    """The annealing schedule, from the largest removal to none but exact zeros."""
+    asked = make_criterion(options.criterion, options.alpha)
+    evidence = gather_all(study, options)
+    # Lines are compared with each other, not with a null.
+    shared = isinstance(asked, Shared)
+    if options.budget > 0 and (
+        shared or any(one.source != "zero" for one in evidence.values())
+    ):
+        criterion: Criterion | None = asked
+        while criterion is not None:
+            yield evidence, criterion
+            criterion = criterion.looser()
+    yield gather_all(study, options, "zero"), Shared(within=0.0) if shared else asked
