@@ -23,7 +23,7 @@ from tests.passes.harness import run
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from onnx_decompose.plan import Emit
+    from onnx_decompose.state_graph import Emit
 
     Corruption = Callable[[onnx.ModelProto, onnx.ModelProto, np.random.Generator], bool]
 

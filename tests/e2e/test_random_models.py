@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_decompose.options import Options
-from onnx_decompose.plan import Emit
+from onnx_decompose.state_graph import Emit
 from tests.e2e.random_models import NOISE, Recipe, random_model
 from tests.e2e.whole_rewrite import check_rewrite
 

@@ -25,7 +25,7 @@ from tests.passes.harness import FREE, check_rest, feeds_for, run
 
 if TYPE_CHECKING:
     from onnx_decompose.decompose import Attempt
-    from onnx_decompose.plan import Emit
+    from onnx_decompose.state_graph import Emit
 
 EXACT = Options(null="zero", provider="cpu", seeds=1)
 ROUNDING = {"float32": 1e-3, "float64": 1e-9}
