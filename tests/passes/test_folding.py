@@ -18,9 +18,10 @@ from onnx_decompose.gather import gather_all
 from onnx_decompose.metadata import read_decomposition, write_decomposition
 from onnx_decompose.model_io import Model, load_model
 from onnx_decompose.options import Options
+from onnx_decompose.proof import prove_structure
 from onnx_decompose.sessions import Provider
 from onnx_decompose.study import study_model
-from onnx_decompose.verify import Inputs, StructuralClaim, prove_structure, structural_claim
+from onnx_decompose.verify import Inputs, StructuralClaim, structural_claim
 from tests.passes.harness import FREE, Rewritten, blocks, check_parity, check_rest, parse
 
 if TYPE_CHECKING:

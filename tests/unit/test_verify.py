@@ -26,6 +26,7 @@ from onnx_decompose.metadata import (
 from onnx_decompose.metrics import Metric
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.splice import ORIGIN_KEY
+from onnx_decompose.proof import prove_structure
 from onnx_decompose.samples import samples_from_arrays
 from onnx_decompose.sessions import Provider
 from onnx_decompose.tensors import graph_inputs
@@ -36,7 +37,6 @@ from onnx_decompose.verify import (
     Tolerance,
     Validation,
     measure_annealing,
-    prove_structure,
     structural_claim,
     validate_models,
 )
