@@ -41,6 +41,12 @@ __all__ = [
 
 FORMAT = 1
 _ROWS_AT_A_TIME = 1024
+_BROKEN = (
+    *(ValueError, TypeError, KeyError, AttributeError),
+    *(MemoryError, OverflowError, RecursionError),
+)
+"""What reading metadata that someone else wrote, or cut short, may raise."""
+
 VERSION_KEY = "onnx_decompose.version"
 DECOMPOSITION_KEY = "onnx_decompose.decomposition"
 
@@ -299,7 +305,7 @@ def read_decomposition(proto: onnx.ModelProto, label: str) -> Decomposition | No
             name: _sliced(fields) for name, fields in content.get("constants", {}).items()
         }
         return Decomposition(float(content["budget"]), sites, reordered, constants)
-    except (ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
+    except _BROKEN as error:
         raise ModelError(
             f"{label}: the metadata '{DECOMPOSITION_KEY}' is broken ({error!r}); rewrite the model again"
         ) from error

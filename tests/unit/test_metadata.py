@@ -221,6 +221,8 @@ BLOCK = {"rows": "0:2", "columns": "0", "initializer": "b", "transposed": False}
         {},
         {"format": "one", "budget": 0, "sites": {}},
         {"format": FORMAT, "budget": None, "sites": {}},
+        {"format": FORMAT, "budget": 10**400, "sites": {}},
+        "[" * 100_000,
         {"format": FORMAT, "budget": 0, "sites": []},
         {"format": FORMAT, "budget": 0, "sites": {"s": {**SITE, "shape": [2]}}},
         {"format": FORMAT, "budget": 0, "sites": {"s": {**SITE, "shape": [2, 3.5]}}},
