@@ -11,11 +11,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
 from onnx_decompose.analysis.recurrence import CELLS
 from onnx_decompose.biases import find_biases
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import ModelError
+from onnx_decompose.external_data import external_tensors
 from onnx_decompose.metadata import Decomposition, digest
 from onnx_decompose.model_io import Model, read_tensor
 from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights
@@ -28,7 +30,6 @@ from onnx_decompose.sites import Site, find_sites, site_weight
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import onnx
     from numpy.typing import NDArray
 
     from onnx_decompose.metadata import Block, SiteBlocks
@@ -311,7 +312,10 @@ def _changed_node(original: Model, rewritten: Model) -> str | None:
         if source is None or source.op_type in CELLS:
             continue
         if node.op_type == source.op_type:
-            if _attributes(node) != _attributes(source):
+            if _attributes(node) != _attributes(source) and (
+                _attributes(_inlined(rewritten, node))
+                != _attributes(_inlined(original, source))
+            ):
                 return f"node '{_name(node)}' has other attributes than '{_name(source)}' in the original"
         elif not _may_stand_for(node, source, origin):
             return f"node '{_name(node)}' is {node.op_type}, and '{_name(source)}' of the original {source.op_type}"
@@ -343,3 +347,15 @@ def _name(node: onnx.NodeProto) -> str:
 
 def _attributes(node: onnx.NodeProto) -> dict[str, bytes]:
     return {a.name: a.SerializeToString(deterministic=True) for a in node.attribute}
+
+
+def _inlined(model: Model, node: onnx.NodeProto) -> onnx.NodeProto:
+    """A copy of a node that holds its external data itself: the two models have it in files of their own."""
+    copy = onnx.ModelProto(graph=onnx.GraphProto(node=[node]))
+    for tensor in external_tensors(copy):
+        content = read_tensor(model, tensor).tobytes()
+        del tensor.external_data[:]
+        tensor.ClearField("data_location")
+        tensor.raw_data = content
+    inlined: onnx.NodeProto = copy.graph.node[0]
+    return inlined

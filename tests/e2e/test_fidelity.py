@@ -288,6 +288,38 @@ class TestExternalData:
         assert command("validate", source, output, "--samples", "1").code == 0
         assert {path.name: path.read_bytes() for path in folders[0].iterdir()} == before
 
+    def test_constant_nodes_are_compared_by_what_they_hold(
+        self, command: Command, eight: Planted, folders: tuple[Path, Path]
+    ) -> None:
+        """In the rewritten model they lie in another file; what lies there still counts."""
+        model = self.with_dense_part(eight)
+        held = array_of(model, "dense.weight")
+        del model.graph.initializer[-1]
+        value = numpy_helper.from_array(held, "dense.weight")
+        model.graph.node.insert(
+            0, helper.make_node("Constant", [], ["dense.weight"], value=value)
+        )
+        source, output = folders[0] / "m.onnx", folders[1] / "r.onnx"
+        onnx.save_model(
+            model,
+            source,
+            save_as_external_data=True,
+            location="m.data",
+            size_threshold=0,
+            convert_attribute=True,
+        )
+        assert command("rewrite", source, "-o", output, *SPLIT).code == 0
+        assert command("validate", source, output, "--samples", "1").code == 0
+        stored = onnx.load(output, load_external_data=False)
+        node = next(node for node in stored.graph.node if node.op_type == "Constant")
+        place = {entry.key: entry.value for entry in node.attribute[0].t.external_data}
+        data = bytearray((folders[1] / place["location"]).read_bytes())
+        data[int(place["offset"])] ^= 1
+        (folders[1] / place["location"]).write_bytes(data)
+        result = command("validate", source, output, "--samples", "1")
+        assert result.code == 1
+        assert "'dense.weight' has other attributes" in result.err
+
     def test_an_unchanged_model_takes_all_of_it(
         self, command: Command, folders: tuple[Path, Path]
     ) -> None:
