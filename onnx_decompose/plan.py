@@ -14,7 +14,7 @@ import numpy as np
 from onnx_decompose.analysis.packed import packs
 from onnx_decompose.analysis.structure import Components, live_units, state_components
 from onnx_decompose.candidates import GENERATORS, Candidate, has_cover
-from onnx_decompose.region_cost import predicted_seconds, relative_cost, shared_seconds
+from onnx_decompose.region_cost import WORTH, predicted_seconds, relative_cost, shared_seconds
 from onnx_decompose.state_graph import Branch, Decision, Emit, StateGraph, everything
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.intp]
 
 __all__ = ["RegionPlan", "candidate_plans", "plan_region", "plan_shared"]
-
-_WORTH = 0.97
-"""Predicted cost, relative to dense, above which a rewrite is not tried."""
 
 _MOST_PLANS = 8
 """Plans of one decision that are worth being timed: each holds the masks."""
@@ -120,7 +117,7 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
         why = _why_none(graph, components, emit)
         return RegionPlan("dense", f"{found}; {why}", components, masks)
     relative, best = candidates[0]
-    if relative > _WORTH and emit == "auto":
+    if relative > WORTH and emit == "auto":
         return RegionPlan(
             "dense",
             f"{found}; the best rewrite is predicted to take {relative:.2f} of the time",
@@ -174,7 +171,7 @@ def plan_shared(
         f"{rows.size} different rows of {best.inputs.size} and {columns.size} different columns "
         f"of {best.outputs.size}, predicted to take {relative:.2f} of the time"
     )
-    if emit == "auto" and relative > min(_WORTH, other.relative_cost):
+    if emit == "auto" and relative > min(WORTH, other.relative_cost):
         return dataclasses.replace(other, reason=f"{other.reason}; {found}")
     kept = best.kept if edge.source < edge.target else best.kept[::-1]
     return RegionPlan(

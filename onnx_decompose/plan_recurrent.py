@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from onnx_decompose.analysis.recurrence import atoms_in_order
+from onnx_decompose.region_cost import WORTH, relative_cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.intp]
 
 __all__ = ["Cell", "DirectionPlan", "RecurrentGraph", "RecurrentPlan", "plan_recurrent"]
-
-_WORTH = 0.97
-"""Predicted cost, relative to dense, above which a rewrite is not tried."""
 
 _MOST_CELLS = 64
 """About how many runs are compared by cost: more never pay for their operators, and atoms may be thousands."""
@@ -153,7 +151,7 @@ def plan_recurrent(
         before, after = before + pricing.dense, after + pricing.total(cells)
         directions.append(DirectionPlan(units.condensation(), len(order), cells))
     found = "; ".join(map(_found, graph.directions, directions))
-    relative = float(np.exp(np.mean(np.log(after / before))))
+    relative = relative_cost(after, before)
     count = sum(len(direction.cells) for direction in directions)
     plan = RecurrentPlan("dense", found, tuple(directions), relative)
     is_dense = all(
@@ -163,7 +161,7 @@ def plan_recurrent(
     if not others:
         return dataclasses.replace(plan, reason=f"{found}; nothing to take apart")
     predicted = f"predicted to take {min(others) if is_dense else relative:.2f} of the time"
-    if is_dense or (relative > _WORTH and emit == "auto"):
+    if is_dense or (relative > WORTH and emit == "auto"):
         return dataclasses.replace(plan, reason=f"{found}; the best rewrite is {predicted}")
     return dataclasses.replace(
         plan,
@@ -282,7 +280,7 @@ class _Pricing:
 
     def relative(self, cells: tuple[Cell, ...]) -> float:
         """Cost of a cut over dense, geometric mean over the batches."""
-        return float(np.exp(np.mean(np.log(self.total(cells) / self.dense))))
+        return relative_cost(self.total(cells), self.dense)
 
     def total(self, cells: tuple[Cell, ...]) -> NDArray[np.float64]:
         """Seconds of the operators and of what stands between them."""

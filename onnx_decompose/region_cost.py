@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
-__all__ = ["predicted_seconds", "relative_cost", "shared_seconds"]
+__all__ = ["WORTH", "predicted_seconds", "relative_cost", "shared_seconds"]
+
+WORTH = 0.97
+"""Predicted cost, relative to dense, above which a rewrite is not tried."""
 
 
 def relative_cost(seconds: FloatArray, dense: FloatArray) -> float:
