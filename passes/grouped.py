@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.constants import Constants
     from onnx_decompose.metadata import Block
-    from onnx_decompose.passes.branches import TensorOps, Value
+    from onnx_decompose.passes.tensor_ops import TensorOps, Value
     from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.passes.branches import TensorOps, Value
+    from onnx_decompose.passes.tensor_ops import TensorOps, Value
     from onnx_decompose.stacks import StackLayout
     from onnx_decompose.unit_layouts import StackForm
 

@@ -11,7 +11,7 @@ axis, the initial state first (last, where time runs in reverse).
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.passes.tensor_ops import Value
     from onnx_decompose.plan_recurrent import Cell, RecurrentPlan
     from onnx_decompose.recurrent import RecurrentSite, RecurrentWeight
-
-    Value: TypeAlias = gs.Variable | gs.Constant
 
 __all__ = ["ReplaceRecurrentWeights", "RewriteRecurrent"]
 

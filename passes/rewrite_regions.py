@@ -9,11 +9,12 @@ from onnx_decompose.constants import Constants
 from onnx_decompose.errors import PassError
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
-from onnx_decompose.passes.branches import BranchEmitter, TensorOps
+from onnx_decompose.passes.branches import BranchEmitter
 from onnx_decompose.passes.grouped import GroupedEmitter
 from onnx_decompose.passes.renumber import renumber
 from onnx_decompose.passes.shared import SharedEmitter
 from onnx_decompose.passes.splice import Fresh, constant_nodes, splice
+from onnx_decompose.passes.tensor_ops import TensorOps
 from onnx_decompose.shapes import opset_of
 
 if TYPE_CHECKING:

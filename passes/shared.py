@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.constants import Constants
-    from onnx_decompose.passes.branches import TensorOps, Value
+    from onnx_decompose.passes.tensor_ops import TensorOps, Value
     from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
 
