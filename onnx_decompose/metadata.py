@@ -32,6 +32,7 @@ __all__ = [
     "FoldedBias",
     "SiteBlocks",
     "SlicedConstant",
+    "carry_the_same",
     "digest",
     "parse_units",
     "read_decomposition",
@@ -288,7 +289,7 @@ def read_decomposition(proto: onnx.ModelProto, label: str) -> Decomposition | No
     Raises:
         ModelError: the metadata is there but broken, or of a newer format.
     """
-    text = next((p.value for p in proto.metadata_props if p.key == DECOMPOSITION_KEY), None)
+    text = _text(proto)
     if text is None:
         return None
     try:
@@ -309,6 +310,15 @@ def read_decomposition(proto: onnx.ModelProto, label: str) -> Decomposition | No
         raise ModelError(
             f"{label}: the metadata '{DECOMPOSITION_KEY}' is broken ({error!r}); rewrite the model again"
         ) from error
+
+
+def carry_the_same(first: onnx.ModelProto, second: onnx.ModelProto) -> bool:
+    """Whether both models carry one decomposition: that of an earlier rewrite, which made the first of them."""
+    return _text(first) == _text(second) is not None
+
+
+def _text(proto: onnx.ModelProto) -> str | None:
+    return next((p.value for p in proto.metadata_props if p.key == DECOMPOSITION_KEY), None)
 
 
 def _site_blocks(name: str, fields: Mapping[str, Any]) -> SiteBlocks:

@@ -305,3 +305,18 @@ def live_partition(
         )
         for inputs, outputs in found_partition(rewritten, site)
     }
+
+
+def test_what_was_rewritten_before_and_is_left_alone_is_valid(
+    command: Command, eight: Planted, tmp_path: Path
+) -> None:
+    """Its metadata is of the first rewrite, and says nothing of the second."""
+    model, once, twice = (tmp_path / f"{name}.onnx" for name in ("model", "once", "twice"))
+    save(eight.model, model)
+    options = ("--emit", "split", "--force", "--batch", "1")
+    assert command("rewrite", model, "-o", once, *options).code == 0
+    assert command("rewrite", once, "-o", twice, *options).last_line.startswith("nothing to do")
+    assert twice.read_bytes() == once.read_bytes()
+    result = command("validate", once, twice, "--samples", "1")
+    assert (result.code, result.err) == (0, "")
+    assert command("validate", model, twice, "--samples", "1").code == 0
