@@ -183,8 +183,9 @@ def _site_report(
 ) -> SiteReport:
     site: Site = region.sites[position]
     selection = tried.selections[site.name]
-    alone = bipartite_components(selection.mask)
-    square = condense(selection.mask) if site.shape[0] == site.shape[1] else None
+    mask = selection.mask  # unpacked anew at every reading
+    alone = bipartite_components(mask)
+    square = condense(mask) if site.shape[0] == site.shape[1] else None
     source, target = region.axis_of[site.input], region.axis_of[site.output]
     report = SiteReport(
         name=site.name,
@@ -194,7 +195,7 @@ def _site_report(
         null=_null_of(tried.evidence[site.name]),
         pi0=selection.pi0,
         pi0_interval=selection.pi0_interval,
-        density=float(selection.mask.mean()),
+        density=float(mask.mean()),
         components=alone.count,
         isolated=alone.isolated,
         sccs=None if square is None else square.sccs,
@@ -202,7 +203,7 @@ def _site_report(
         decision=plan.decision,
         reason=plan.reason + (f" ({selection.note})" if selection.note else ""),
         blocks=plan.blocks(source, target),
-        p_structure=_p_structure(selection.mask, np.random.default_rng(seed)),
+        p_structure=_p_structure(mask, np.random.default_rng(seed)),
     )
     return _unless(refusal, report)
 
@@ -217,7 +218,8 @@ def _recurrent_report(
 ) -> SiteReport:
     """W or R of one direction; its edges are those between units, over all gates."""
     selection = tried.selections[weight.name]
-    edges = unit_edges(selection.mask, weight.gates)
+    mask = selection.mask
+    edges = unit_edges(mask, weight.gates)
     is_state = weight.operand == "R"
     alone = (
         state_components([weight.hidden], [Edge(0, 0, edges)])
@@ -235,7 +237,7 @@ def _recurrent_report(
             null=_null_of(tried.evidence[weight.name]),
             pi0=selection.pi0,
             pi0_interval=selection.pi0_interval,
-            density=float(selection.mask.mean()),
+            density=float(mask.mean()),
             components=alone.count,
             isolated=alone.isolated,
             sccs=None if square is None else square.sccs,
