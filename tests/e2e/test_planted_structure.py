@@ -22,6 +22,7 @@ from tests.e2e.planted import (
     run,
     save,
 )
+from tests.e2e.rewriting import SPLIT, rewrite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,21 +30,6 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]
-
-SPLIT = ("--emit", "split", "--force", "--batch", "1")
-
-
-def rewrite(
-    command: Command, model: onnx.ModelProto, folder: Path, *options: str
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The rewritten model, proved by ``validate``, and the report."""
-    source, output, report = folder / "in.onnx", folder / "out.onnx", folder / "r.json"
-    save(model, source)
-    result = command("rewrite", source, "-o", output, "--report", report, *options)
-    assert result.code == 0, result.err
-    checked = command("validate", source, output, "--samples", "2")
-    assert checked.code == 0, checked.err
-    return onnx.load(output), json.loads(report.read_text("utf-8"))
 
 
 def assert_outputs_agree(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from onnx_decompose.analysis.recurrence import CELLS, GATES, CellType
 from tests.e2e.planted import array_of, decomposition, save, set_array, units
+from tests.e2e.rewriting import SPLIT, rewrite
 from tests.passes.recurrent_models import Planted, Recipe, network, plant
 
 if TYPE_CHECKING:
@@ -20,21 +21,6 @@ if TYPE_CHECKING:
     from tests.e2e.conftest import Command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]
-
-SPLIT = ("--emit", "split", "--force", "--batch", "1")
-
-
-def rewrite(
-    command: Command, model: onnx.ModelProto, folder: Path, *options: str
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The rewritten model, proved by ``validate``, and the report."""
-    source, output, report = folder / "in.onnx", folder / "out.onnx", folder / "r.json"
-    save(model, source)
-    result = command("rewrite", source, "-o", output, "--report", report, *options)
-    assert result.code == 0, result.err
-    checked = command("validate", source, output, "--samples", "2")
-    assert checked.code == 0, checked.err
-    return onnx.load(output), json.loads(report.read_text("utf-8"))
 
 
 def found_groups(model: onnx.ModelProto, weight: str, hidden: int) -> set[tuple[int, ...]]:
