@@ -75,7 +75,7 @@ def _evidence_options(command: Callable[P, R]) -> Callable[P, R]:
                 "--criterion",
                 default="fdr",
                 show_default=True,
-                help="fdr, fwer, ksigma, displacement, group, channel:C, shared, magnitude or a plug-in.",
+                help="fdr, fwer, ksigma, displacement, group, channel[:C], shared, magnitude or a plug-in.",
             ),
             click.option(
                 "--alpha",

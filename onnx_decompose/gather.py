@@ -56,8 +56,9 @@ def gather_all(study: Study, options: Options, null: str | None = None) -> dict[
     for site in study.weights:
         source = _configured(site, configured) or asked
         if isinstance(site, RecurrentWeight):
-            prior = _recurrent_prior(site, source.spec)
+            prior, channels = _recurrent_prior(site, source.spec), site.gates
         else:
+            channels = 1
             prior = prior_for(
                 site.tensor,
                 site.shape,
@@ -66,7 +67,8 @@ def gather_all(study: Study, options: Options, null: str | None = None) -> dict[
                 snapshot=source.snapshot,
                 second_moments=source.second_moments,
             )
-        evidence[site.name] = gather_evidence(study.weight(site), source.spec, prior)
+        found = gather_evidence(study.weight(site), source.spec, prior)
+        evidence[site.name] = dataclasses.replace(found, channels=channels)
     return evidence
 
 

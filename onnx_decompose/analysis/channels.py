@@ -34,25 +34,28 @@ __all__ = ["ChannelEdges", "channel_edge_log_p", "stacked_channels"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChannelEdges:
-    """Edges over ``channels`` outputs blocks of one weight, Benjamini-Hochberg at ``alpha``.
+    """Edges over ``channels`` blocks of outputs of one weight, Benjamini-Hochberg at ``alpha``.
 
-    A weight whose outputs do not divide into so many blocks is judged with one channel, entry by
-    entry.
+    Without a number, over as many as the weight is known to stack: the gates of a recurrent
+    operator, one block for any other weight. A weight whose outputs do not divide into so many
+    blocks is judged with one channel, entry by entry.
     """
 
     alpha: float
-    channels: int
+    channels: int | None = None
 
     @property
     def name(self) -> str:
-        """Such as ``channel:4(0.01)``."""
-        return f"channel:{self.channels}({self.alpha:g})"
+        """Such as ``channel(0.01)`` or ``channel:4(0.01)``."""
+        number = "" if self.channels is None else f":{self.channels}"
+        return f"channel{number}({self.alpha:g})"
 
     def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:
         """The same entries of every channel, but for exact zeros."""
         del rng
         weight = evidence.weight
-        channels = 1 if weight.shape[1] % self.channels else self.channels
+        asked = evidence.channels if self.channels is None else self.channels
+        channels = 1 if weight.shape[1] % asked else asked
         if evidence.untouched is not None:
             edges = stacked_channels(~evidence.untouched, channels).any(axis=0)
             null_edges = edges.size - int(np.count_nonzero(edges))

@@ -232,7 +232,8 @@ class Magnitude:
 def make_criterion(name: str, alpha: float) -> Criterion:
     """The criterion ``name``, at ``alpha`` or at its own level: ``ksigma:3``, ``fdr:0.1``.
 
-    ``channel:4`` names the number of channels; its level is ``alpha``.
+    ``channel:4`` names the number of channels, ``channel`` takes a recurrent weight's gates; the
+    level of both is ``alpha``.
 
     Raises:
         OptionError: an unknown name, or a level that is out of range.
@@ -243,10 +244,10 @@ def make_criterion(name: str, alpha: float) -> Criterion:
         raise OptionError(
             f"criterion {name!r} is unknown; use one of {', '.join(criterion_names())}"
         )
-    if not argument and base != "channel":
+    if not argument:
         return factory(_level(name, alpha))
     try:
-        value = float(argument or "nan")
+        value = float(argument)
     except ValueError as error:
         raise OptionError(f"criterion {name!r}: {argument!r} is not a number") from error
     if base == "ksigma":
@@ -296,7 +297,7 @@ _REGISTRY: dict[str, Callable[[float], Criterion]] = {
     "ksigma": _ksigma,
     "displacement": DisplacementTest,
     "group": Groups,
-    "channel": lambda alpha: ChannelEdges(alpha, 1),
+    "channel": ChannelEdges,
     "shared": lambda _: Shared(),
     "magnitude": Magnitude,
 }

@@ -62,6 +62,8 @@ class Evidence:
             errors; ``null`` is wider than the estimate by as much.
         untouched: (K, N) True where the source proves that no gradient ever arrived; None where
             it cannot.
+        channels: blocks of outputs that the weight stacks side by side, such as the gates of a
+            recurrent operator: the entries of unit j are columns j, j + N / channels, ...
         note: what a reader of the report should know, such as why a source was not used.
     """
 
@@ -72,6 +74,7 @@ class Evidence:
     decay: DecayEstimate | None = None
     error: float = 0.0
     untouched: BoolArray | None = None
+    channels: int = 1
     note: str = ""
 
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from onnx_decompose import Options, analyze
 from onnx_decompose.analysis.recurrence import CELLS, GATES, CellType
 from tests.e2e.planted import array_of, decomposition, save, set_array, units
 from tests.e2e.rewriting import SPLIT, rewrite
@@ -127,6 +128,33 @@ def test_noise_around_the_groups_is_removed_within_the_budget(
     )
     assert (stored != 0).all()
     assert (np.abs(stored) < 0.01).any()
+
+
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+def test_gates_that_moved_a_little_each_show_the_groups_together(cell: CellType) -> None:
+    """By 4 deviations per gate: too little for single entries, more than enough for a dependency."""
+    rng = np.random.default_rng(8)
+    planted = plant(Recipe(cell, cascade=(), bias=False), rng)
+    for name in ("W", "R"):
+        inside = array_of(planted.model, name) != 0
+        noise = rng.normal(0, 0.01, inside.shape)
+        moved = np.where(inside, rng.choice([-0.04, 0.04], inside.shape), 0)
+        set_array(planted.model, name, (noise + moved).astype(np.float32))
+    found = {
+        criterion: {
+            site.name: (site.components, site.density)
+            for site in analyze(
+                planted.model, Options(null="normal:0.01", criterion=criterion, alpha=1e-4)
+            ).sites
+        }
+        for criterion in ("channel", "fdr")
+    }
+    assert {name: count for name, (count, _) in found["channel"].items()} == {
+        "rnn.W": 3,
+        "rnn.R": 3,
+    }
+    for name, (_, density) in found["channel"].items():
+        assert density > 1.2 * found["fdr"][name][1]
 
 
 def with_head(planted: Planted, rng: np.random.Generator) -> onnx.ModelProto:

@@ -15,9 +15,12 @@ from onnx_decompose.gather import gather_all, read_null_config
 from onnx_decompose.model_io import Model
 from onnx_decompose.options import Options
 from onnx_decompose.study import Study, study_model
+from tests.passes.recurrent_models import Recipe, plant
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from onnx_decompose.analysis.recurrence import CellType
 
 
 @pytest.fixture
@@ -185,3 +188,17 @@ class TestConfiguration:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(OptionError, match=r"none\.toml: cannot be read"):
             read_null_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+def test_the_gates_of_a_recurrent_operator_are_its_channels(
+    cell: CellType, gates: int, rng: np.random.Generator
+) -> None:
+    study = study_model(Model(plant(Recipe(cell), rng).model))
+    evidence = gather_all(study, Options(null="torch"))
+    assert evidence.keys() == {"rnn.W", "rnn.R"}
+    assert {found.channels for found in evidence.values()} == {gates}
+
+
+def test_any_other_weight_is_one_channel(study: Study) -> None:
+    assert {found.channels for found in gather_all(study, Options()).values()} == {1}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 from typing import Any
 
 import numpy as np
@@ -87,10 +89,27 @@ def test_outputs_that_do_not_divide_are_judged_one_by_one(rng: np.random.Generat
     assert mask.tolist() == [[True, False, False, False, True]]
 
 
-@pytest.mark.parametrize("name", ["channel", "channel:0", "channel:1.5"])
-def test_the_number_of_channels_must_be_given(name: str) -> None:
+@pytest.mark.parametrize("name", ["channel:0", "channel:1.5"])
+def test_a_number_of_channels_is_whole(name: str) -> None:
     with pytest.raises(OptionError, match="channel:4"):
         make_criterion(name, 0.01)
+
+
+def test_without_a_number_the_weight_says_how_many_blocks_it_stacks(
+    rng: np.random.Generator,
+) -> None:
+    weight = rng.normal(0, 1, (20, 3 * 30)).astype(np.float32)
+    weight += np.tile(rng.random((20, 30)) < 0.1, 3) * np.float32(3)
+    evidence = Evidence(weight, weight, Normal(1.0), "test", channels=3)
+    for name in ("channel", "channel:3"):
+        mask = make_criterion(name, 0.05).select(evidence, rng=rng).mask
+        np.testing.assert_array_equal(mask, np.tile(mask[:, :30], 3))
+        assert mask.any()
+    plain = dataclasses.replace(evidence, channels=1)
+    one_by_one = make_criterion("channel", 0.05).select(plain, rng=rng).mask
+    fdr = make_criterion("fdr", 0.05).select(plain, rng=rng).mask
+    np.testing.assert_array_equal(one_by_one, fdr)
+    assert make_criterion("channel", 0.05).name == "channel(0.05)"
 
 
 def test_looser_levels_keep_the_channels() -> None:
