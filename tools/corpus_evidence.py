@@ -178,7 +178,10 @@ def _onnx_arrays(model: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
     for graph in _graphs(model.graph):
         for node in graph.node:
             inputs = [arrays.get(name) for name in node.input]
-            if node.op_type == "DequantizeLinear" and all(x is not None for x in inputs):
+            if node.op_type == "Gather" and inputs[0] is not None:
+                # A quantized table is looked up first; its rows stand for floats all the same.
+                arrays[node.output[0]] = inputs[0]
+            elif node.op_type == "DequantizeLinear" and all(x is not None for x in inputs):
                 yield node.output[0], _dequantized(node, *inputs)
             elif node.op_type == "Cast" and inputs[0] is not None:
                 casts[node.output[0]] = inputs[0]
