@@ -167,12 +167,7 @@ def float_weights(path: Path) -> Iterator[tuple[str, FloatArray]]:
 
 
 def _onnx_arrays(model: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
-    arrays: dict[str, NDArray[Any]] = {}
-    for graph in _graphs(model.graph):
-        arrays |= {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-                arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    arrays = _stored_arrays(model)
     yield from arrays.items()
     casts: dict[str, NDArray[Any]] = {}
     for graph in _graphs(model.graph):
@@ -189,6 +184,17 @@ def _onnx_arrays(model: onnx.ModelProto) -> Iterator[tuple[str, NDArray[Any]]]:
                 quantized, scale = casts.get(node.input[0]), inputs[1]
                 if quantized is not None and scale is not None:
                     yield node.output[0], quantized.astype(np.float32) * scale
+
+
+def _stored_arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Initializers and constants of every graph by name."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for graph in _graphs(model.graph):
+        arrays |= {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+                arrays[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    return arrays
 
 
 def _dequantized(
