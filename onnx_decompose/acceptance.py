@@ -113,7 +113,7 @@ def time_models(
 
 def _proved(tried: Attempt, inputs: Inputs, provider: Provider, options: Options) -> Made:
     """The rewritten model, proved and timed."""
-    original = tried.study.model
+    original = tried.study.source
     logger.info(
         "writing %d regions as branches, %d recurrent operators as smaller ones",
         len(tried.rewrites),

@@ -11,8 +11,10 @@ import numpy as np
 
 from onnx_decompose.analysis.anneal import anneal, fill, unify
 from onnx_decompose.biases import absorbable, find_biases, region_in
+from onnx_decompose.closing import restore
 from onnx_decompose.copies import find_copies
 from onnx_decompose.decompose_recurrent import RecurrentAttempt, attempt_recurrent
+from onnx_decompose.errors import PassError
 from onnx_decompose.folding import fold_region
 from onnx_decompose.metadata import (
     Decomposition,
@@ -21,6 +23,7 @@ from onnx_decompose.metadata import (
     SlicedConstant,
     digest,
 )
+from onnx_decompose.passes.base import check_model
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.plan import RegionPlan, plan_region, plan_shared
@@ -247,7 +250,8 @@ def annealed_model(tried: Attempt) -> Model:
         if not np.array_equal(weight, tried.study.weight(site))
     }
     replacing = ReplaceWeights(changed, tried.biases(), tried.absorbing)
-    return tried.recurrent.annealed(replacing(tried.study.model).model)
+    annealed = tried.recurrent.annealed(replacing(tried.study.model).model)
+    return restore(tried.study.flat, annealed)
 
 
 def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition]:
@@ -305,7 +309,16 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         if site.name in rewriting.record and site.name not in sites
     }
     found = Decomposition(budget, sites | recurrent, rewriting.reordered, constants | rows)
-    return model, found
+    return _restored(tried.study, model), found
+
+
+def _restored(study: Study, flat: Model) -> Model:
+    """The rewritten model in the original's form; valid if that is."""
+    model = restore(study.flat, flat)
+    fault = check_model(model) if study.flat.opened else None
+    if fault is not None and check_model(study.source) is None:
+        raise PassError(f"the rewritten model is not valid: {fault}")
+    return model
 
 
 def _sliced(

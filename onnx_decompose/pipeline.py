@@ -111,7 +111,7 @@ def rewrite(
     study = study_model(load_model(source))
     output = None if output is None else Path(output)
     if output is not None:
-        check_output(output, inputs=model_files(study.model))
+        check_output(output, inputs=model_files(study.source))
     logger.info(
         "%d sites in %d regions, %d recurrent operators",
         len(study.sites),
@@ -119,7 +119,7 @@ def rewrite(
         len(study.recurrent),
     )
     provider = resolve_provider(options.provider)
-    inputs = _inputs(study.model, options)
+    inputs = _inputs(study.source, options)
     tried, refusal = anneal_within_budget(study, options, inputs, provider)
     if options.autotune and refusal is None:
         tried = _autotune(tried, inputs, provider, options)
@@ -130,7 +130,7 @@ def rewrite(
         refusal = f"the rewritten model is {harm}; the original was kept"
         return _unchanged(made.tried, output, options, made.measured, refusal)
     if output is not None:
-        save_model(made.model.proto, output, data_from=study.model)
+        save_model(made.model.proto, output, data_from=study.source)
     report = report_on(made.tried, options, made.measured)
     return Rewrite(made.model.proto, annealed_model(made.tried).proto, report)
 
@@ -258,7 +258,7 @@ def _unchanged(
     refusal: str | None,
 ) -> Rewrite:
     """Keep the original, byte for byte."""
-    model = tried.study.model
+    model = tried.study.source
     if output is not None and model.path is not None:
         copy_model(model, output)
     elif output is not None:

@@ -15,9 +15,11 @@ import onnx
 
 from onnx_decompose.analysis.recurrence import CELLS
 from onnx_decompose.biases import find_biases
+from onnx_decompose.closing import restore
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import ModelError
 from onnx_decompose.external_data import external_tensors
+from onnx_decompose.flat import flatten
 from onnx_decompose.metadata import Decomposition, digest
 from onnx_decompose.model_io import Model, read_tensor
 from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights
@@ -47,6 +49,7 @@ def prove_structure(
         What is wrong first, or None; and by site of the original the annealed weights, (K, N) each, and the biases,
         (N,) each, that are not the original's.
     """
+    original, rewritten = flatten(original).model, flatten(rewritten).model
     constants = Constants(original)
     sites = {site.name: site for site in find_sites(original, constants)[0]}
     cells, _ = find_recurrent(original, constants)
@@ -105,13 +108,14 @@ def annealed_model(
     biases: Mapping[Site, NDArray[Any]],
 ) -> Model:
     """``original`` with the rebuilt weights and biases."""
+    flat = flatten(original)
     counts = _absorbed(decomposition)
     plain = {site: array for site, array in weights.items() if isinstance(site, Site)}
     absorbed = {site: counts[site.name] for site in plain if site.name in counts}
     others = {site.name: array for site, array in weights.items() if site not in plain}
-    cells = find_recurrent(original, Constants(original))[0] if others else ()
-    model = ReplaceWeights(plain, biases, absorbed)(original).model
-    return ReplaceRecurrentWeights(cells, others)(model).model
+    cells = find_recurrent(flat.model, Constants(flat.model))[0] if others else ()
+    model = ReplaceWeights(plain, biases, absorbed)(flat.model).model
+    return restore(flat, ReplaceRecurrentWeights(cells, others)(model).model)
 
 
 def _rebuild(

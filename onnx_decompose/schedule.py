@@ -65,7 +65,7 @@ def measure_annealed(
 ) -> AnnealingClaim:
     """Claim B on the dense annealed model: before anything is rewritten."""
     claim = measure_annealing(
-        tried.study.model,
+        tried.study.source,
         annealed_model(tried),
         inputs=inputs,
         provider=provider,

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Dim", "infer_shapes", "infer_values", "opset_of", "skeleton"]
+__all__ = [
+    "Dim",
+    "infer_shapes",
+    "infer_values",
+    "inferred",
+    "known_values",
+    "opset_of",
+    "skeleton",
+]
 
 Dim = int | str | None
 """A size, a symbolic name, or unknown."""
@@ -32,19 +40,28 @@ def infer_shapes(proto: onnx.ModelProto) -> Mapping[str, tuple[Dim, ...]]:
 
 
 def infer_values(proto: onnx.ModelProto) -> Mapping[str, onnx.ValueInfoProto]:
-    """Type and shape by value name, as far as they are known.
+    """Type and shape by value name, as far as they are known."""
+    return known_values(inferred(proto).graph)
 
-    Inference runs on a skeleton of the model whose weights are only declared, so it neither copies nor reads them.
+
+def known_values(graph: onnx.GraphProto) -> Mapping[str, onnx.ValueInfoProto]:
+    """What a graph itself says of its values."""
+    return {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+
+
+def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A skeleton of the model that says of its values, those of its subgraphs included, all that can be inferred.
+
+    Its weights are only declared, so they are neither copied nor read.
     """
     declared = skeleton(proto)
     try:
-        declared = onnx.shape_inference.infer_shapes(declared, data_prop=True)
+        return onnx.shape_inference.infer_shapes(declared, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
         logger.info(
             "shape inference failed, going on without it: %s", str(error).splitlines()[0]
         )
-    graph = declared.graph
-    return {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+        return declared
 
 
 def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:

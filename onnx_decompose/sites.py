@@ -23,15 +23,19 @@ if TYPE_CHECKING:
     from onnx_decompose.model_io import Model
 
 __all__ = [
+    "OVERRIDABLE",
     "Refusal",
     "Site",
     "attribute_values",
     "check_finite",
+    "computed_reason",
     "find_sites",
     "is_standard",
     "node_names",
     "site_weight",
 ]
+
+OVERRIDABLE = "the weight is also a graph input, so it can be overridden at run time"
 
 _ROWS_AT_A_TIME = 4096
 
@@ -137,6 +141,13 @@ def check_finite(model: Model, sites: Iterable[Site], constants: Constants) -> N
                 )
 
 
+def computed_reason(behind: Iterable[str]) -> str:
+    """Why a weight that operators compute of constants is left alone; ``behind`` as of ``Constants.computed``."""
+    return (
+        f"the weight is not stored as floats but computed from constants ({', '.join(behind)})"
+    )
+
+
 def is_standard(node: onnx.NodeProto) -> bool:
     """Whether ``node`` is an operator of the ONNX standard's own domain."""
     return node.domain in {"", "ai.onnx"}
@@ -163,10 +174,9 @@ def _objections(node: onnx.NodeProto, constants: Constants) -> Iterator[str]:
     """Why a MatMul or Gemm that reads a constant is not a site; the first reason is the plainest."""
     first, second = node.input[:2]
     if second in constants.overridable:
-        yield "the weight is also a graph input, so it can be overridden at run time"
+        yield OVERRIDABLE
     if second in constants.computed:
-        behind = ", ".join(constants.computed[second])
-        yield f"the weight is not stored as floats but computed from constants ({behind})"
+        yield computed_reason(constants.computed[second])
     if second not in constants:
         yield "the constant is on the left side"
         return

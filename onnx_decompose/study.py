@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.constants import Constants
+from onnx_decompose.flat import Flat, flatten
 from onnx_decompose.recurrent import (
     RecurrentSite,
     RecurrentWeight,
@@ -37,8 +38,8 @@ class Study:
     """What the graph alone says.
 
     Attributes:
-        model: the model.
-        constants: its constants.
+        flat: the model, and the flat graph that is studied in its place.
+        constants: the flat graph's constants.
         shapes: what is known of its values' shapes.
         sites: all sites, in graph order.
         refused: nodes that look like sites and are left alone.
@@ -48,7 +49,7 @@ class Study:
         recurrent: the recurrent sites, in graph order; they are in no region.
     """
 
-    model: Model
+    flat: Flat
     constants: Constants
     shapes: Mapping[str, tuple[Dim, ...]]
     sites: tuple[Site, ...]
@@ -57,6 +58,16 @@ class Study:
     alone: Mapping[str, Region]
     spaces: tuple[UnitSpace, ...]
     recurrent: tuple[RecurrentSite, ...] = ()
+
+    @property
+    def source(self) -> Model:
+        """The model itself."""
+        return self.flat.source
+
+    @property
+    def model(self) -> Model:
+        """The flat model: all nodes and values of the study are its own."""
+        return self.flat.model
 
     @property
     def weights(self) -> tuple[Site | RecurrentWeight, ...]:
@@ -90,13 +101,15 @@ def study_model(model: Model) -> Study:
     Raises:
         ModelError: a weight is not finite.
     """
+    flat = flatten(model)
+    model = flat.model
     constants = Constants(model)
     shapes = infer_shapes(model.proto)
     sites, refused = find_sites(model, constants)
     check_finite(model, sites, constants)
     regions: list[Region] = []
     recurrent, refused_cells = find_recurrent(model, constants)
-    refusals = [*refused, *refused_cells, *find_refusals(model, constants)]
+    refusals = [*refused, *refused_cells, *find_refusals(model, constants, flat.hidden)]
     for region in find_regions(model.proto.graph, sites, constants, shapes):
         reason = _refuse(model, region, shapes)
         if reason is None:
@@ -112,7 +125,7 @@ def study_model(model: Model) -> Study:
     }
     spaces = find_unit_spaces(model.proto.graph, sites, constants, shapes)
     return Study(
-        model,
+        flat,
         constants,
         shapes,
         sites,

@@ -92,7 +92,7 @@ def report_on(
     sites = tuple(sorted(sites, key=lambda site: order[site.name]))
     return Report(
         version=VERSION,
-        model=tried.study.model.label,
+        model=tried.study.source.label,
         null=options.null,
         criterion=tried.criterion.name,
         summary=summary_of(tried, sites, refusal),

@@ -15,6 +15,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from onnx_decompose.flat import RESERVED_KEY
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
@@ -216,6 +218,7 @@ def _names_read(nodes: Iterable[onnx.NodeProto]) -> set[str]:
 def _names_in_use(graph: onnx.GraphProto) -> set[str]:
     """Every value and node name of ``graph``, those of its subgraphs included."""
     names = {tensor.name for tensor in graph.initializer}
+    names.update(*(p.value.split("\n") for p in graph.metadata_props if p.key == RESERVED_KEY))
     names.update(sparse.values.name for sparse in graph.sparse_initializer)
     names.update(value.name for value in (*graph.input, *graph.output, *graph.value_info))
     for node in graph.node:

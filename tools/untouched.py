@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from onnx_decompose.metadata import read_decomposition
 from onnx_decompose.model_io import external_bytes, load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     import onnx
@@ -36,24 +37,95 @@ _FIELDS = (
         "model_version",
         "doc_string",
     ),
-    *("opset_import", "functions", "training_info"),
+    *("opset_import", "training_info"),
 )
 
 
 def untouched_faults(original: Path, rewritten: Path) -> list[str]:
     """Everything that the rewrite had no business to change and changed; empty if all is as it was.
 
-    A node that is gone must be the origin of a new one, be a bias or scale right behind such a node, or have made
-    constants that nothing reads any more. A node may read what the metadata says is its own constant with the units in
-    another order. A tensor that is gone must have no reader. All others must be equal, byte for byte, with their
-    external data.
+    A node that is gone must be the origin of a new one, be a bias or scale right behind such a node, have made
+    constants that nothing reads any more, or be a call of a function with the origin of a new node inside. A node may
+    read what the metadata says is its own constant with the units in another order. A tensor that is gone must have no
+    reader, and a function no call. All others must be equal, byte for byte, with their external data; bodies of nodes
+    are compared as the main graph is.
     """
     before, after = load_model(original), load_model(rewritten)
+    found = _Rewritten(
+        frozenset(_reordered(after)),
+        frozenset(_origins(after.proto.graph)),
+        frozenset((f.domain, f.name) for f in before.proto.functions),
+    )
     return [
         *_model_faults(before.proto, after.proto),
-        *_node_faults(before.proto.graph, after.proto.graph, _reordered(after)),
+        *_function_faults(before.proto, after.proto),
+        *_node_faults(before.proto.graph, after.proto.graph, found),
         *_tensor_faults(before, after),
     ]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Rewritten:
+    """What a rewritten model says of itself.
+
+    Attributes:
+        reordered: tensors that stand for one tensor of the original, with its units in another order.
+        origins: the nodes that new ones stand for.
+        functions: domain and name of the original's own.
+    """
+
+    reordered: frozenset[str]
+    origins: frozenset[str]
+    functions: frozenset[tuple[str, str]]
+
+    def replaces(self, node: onnx.NodeProto) -> bool:
+        """Whether new nodes stand for ``node``, or for some inside the function that it calls."""
+        names = {node.name, *node.output} - {""}
+        # What is inside a body or a function is named by where it is.
+        paths = {origin[start:] for origin in self.origins for start in _starts(origin)}
+        if names & paths:
+            return True
+        return (node.domain, node.op_type) in self.functions and any(
+            path.startswith(f"{name}/") for path in paths for name in names
+        )
+
+
+def _starts(origin: str) -> Iterator[int]:
+    yield 0
+    for index, letter in enumerate(origin):
+        if letter == "/":
+            yield index + 1
+
+
+def _origins(graph: onnx.GraphProto) -> Iterator[str]:
+    for node in graph.node:
+        yield from (entry.value for entry in node.metadata_props if entry.key == _ORIGIN)
+        for inner in _bodies(node):
+            yield from _origins(inner)
+
+
+def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in ([attribute.g] if attribute.HasField("g") else attribute.graphs)
+    ]
+
+
+def _function_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
+    kept = {(f.domain, f.name): _bytes([f]) for f in after.functions}
+    pending = [*after.graph.node, *(node for f in after.functions for node in f.node)]
+    called: set[tuple[str, str]] = set()
+    while pending:
+        node = pending.pop()
+        called.add((node.domain, node.op_type))
+        pending.extend(inner for graph in _bodies(node) for inner in graph.node)
+    for function in before.functions:
+        key = (function.domain, function.name)
+        if kept.get(key, _bytes([function]) if key not in called else None) != _bytes(
+            [function]
+        ):
+            yield f"function {function.name} changed"
 
 
 def _reordered(model: Model) -> set[str]:
@@ -92,35 +164,59 @@ def _model_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[s
 
 
 def _node_faults(
-    before: onnx.GraphProto, after: onnx.GraphProto, reordered: set[str]
+    before: onnx.GraphProto, after: onnx.GraphProto, found: _Rewritten
 ) -> Iterator[str]:
     kept = set(_bytes(after.node))
     made = {tuple(node.output): node for node in after.node}
     read = _names_read(after)
-    origins = {
-        entry.value
-        for node in after.node
-        for entry in node.metadata_props
-        if entry.key == _ORIGIN
-    }
     rewritten: set[str] = set()
     for node in before.node:
         if _bytes([node])[0] in kept:
             continue
         # A bias or a scale may go into the operator before it.
         inside = node.op_type in {"Add", "Mul"} and rewritten.intersection(node.input)
-        if {node.name, *node.output} & origins or inside:
+        if found.replaces(node) or inside:
             rewritten.update(node.output)
             continue
         if node.op_type in _CONSTANT_PRODUCERS and not read.intersection(node.output):
             continue
-        if _reads_reordered(node, made.get(tuple(node.output)), reordered):
+        other = made.get(tuple(node.output))
+        if _reads_reordered(node, other, found.reordered):
             continue
-        yield f"node {node.name or node.output[0]} ({node.op_type}) changed"
+        if other is None or not _bodies(node) or _bare(node) != _bare(other):
+            yield f"node {node.name or node.output[0]} ({node.op_type}) changed"
+            continue
+        for first, second in zip(_bodies(node), _bodies(other), strict=True):
+            yield from _body_faults(first, second, found)
+
+
+def _body_faults(
+    before: onnx.GraphProto, after: onnx.GraphProto, found: _Rewritten
+) -> Iterator[str]:
+    for field in ("name", "doc_string", "input", "output", "metadata_props"):
+        if _bytes(getattr(before, field)) != _bytes(getattr(after, field)):
+            yield f"graph field {field} of a body changed"
+    read = _names_read(after)
+    for field in ("initializer", "sparse_initializer", "value_info"):
+        kept = {_bytes([item])[0] for item in getattr(after, field)}
+        for item in getattr(before, field):
+            if _bytes([item])[0] not in kept and _name(item) in read:
+                yield f"{field} {_name(item)} of a body changed"
+    yield from _node_faults(before, after, found)
+
+
+def _bare(node: onnx.NodeProto) -> Any:
+    """A node without its bodies, in a form that compares."""
+    copy = type(node)()
+    copy.CopyFrom(node)
+    for attribute in copy.attribute:
+        attribute.ClearField("g")
+        attribute.ClearField("graphs")
+    return _bytes([copy])
 
 
 def _reads_reordered(
-    node: onnx.NodeProto, other: onnx.NodeProto | None, reordered: set[str]
+    node: onnx.NodeProto, other: onnx.NodeProto | None, reordered: Collection[str]
 ) -> bool:
     """Whether ``other`` is ``node`` in everything but constants in another order."""
     if other is None or len(other.input) != len(node.input):
@@ -172,6 +268,8 @@ def _names_read(graph: onnx.GraphProto) -> set[str]:
 
 
 def _name(item: Any) -> str:
+    if hasattr(item, "values"):
+        return str(item.values.name)
     return str(item.name if hasattr(item, "name") else item.tensor_name)
 
 

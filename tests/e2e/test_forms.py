@@ -266,16 +266,16 @@ def test_a_weight_that_a_subgraph_captures_stays(
     graph = eight.model.graph
     branches = [
         helper.make_graph(
-            [helper.make_node("MatMul", ["x", "up.weight"], [f"{name}.out"], f"in.{name}")],
+            [helper.make_node(op, ["up.weight"], [f"{name}.out"], f"in.{name}")],
             name,
             [],
             [helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, None)],
         )
-        for name in ("one", "other")
+        for name, op in (("one", "Neg"), ("other", "Abs"))
     ]
     graph.input.append(helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
     graph.output.append(
-        helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", "hidden"])
+        helper.make_tensor_value_info("z", TensorProto.FLOAT, ["inputs", "hidden"])
     )
     graph.node.append(
         helper.make_node(
@@ -284,11 +284,8 @@ def test_a_weight_that_a_subgraph_captures_stays(
     )
     before = array_of(eight.model, "up.weight")
     source, output = save(eight.model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
-    report = tmp_path / "report.json"
-    result = command("rewrite", source, "-o", output, "--report", report, *SPLIT)
+    result = command("rewrite", source, "-o", output, *SPLIT)
     assert result.last_line.startswith("rewritten: "), result
     np.testing.assert_array_equal(array_of(onnx.load(output), "up.weight"), before)
     assert untouched_faults(source, output) == []
-    for name in ("choice.then_branch/in.one", "choice.else_branch/in.other"):
-        assert name in report.read_text("utf-8")
     assert command("validate", source, output, "--samples", "1").code == 0

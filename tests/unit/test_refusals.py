@@ -6,6 +6,7 @@ import onnx.parser
 import pytest
 
 from onnx_decompose.constants import Constants
+from onnx_decompose.flat import flatten
 from onnx_decompose.model_io import Model
 from onnx_decompose.refusals import find_refusals
 from onnx_decompose.sites import find_sites
@@ -24,11 +25,12 @@ COMPUTED = "the weight is not stored as floats but computed from constants"
 
 def refused(text: str) -> dict[str, str]:
     """Reasons by node name, those of ``sites`` included; no node of the model may be a site."""
-    model = Model(onnx.parser.parse_model(f"{HEAD} {text}"))
-    constants = Constants(model)
-    sites, refusals = find_sites(model, constants)
+    flat = flatten(Model(onnx.parser.parse_model(f"{HEAD} {text}")))
+    constants = Constants(flat.model)
+    sites, refusals = find_sites(flat.model, constants)
     assert sites == ()
-    return {r.node: r.reason for r in (*refusals, *find_refusals(model, constants))}
+    others = find_refusals(flat.model, constants, flat.hidden)
+    return {r.node: r.reason for r in (*refusals, *others)}
 
 
 def graph(body: str, tensors: str = MATRIX, head: str = "float[B, 2] x") -> str:
@@ -129,13 +131,6 @@ def loop(body: str, states: str = "float[B, 2] h", extra: str = "") -> str:
     )
 
 
-def test_a_weight_of_the_outer_scope_in_a_loop() -> None:
-    text = loop("o = MatMul(h, w)")
-    assert refused(text) == {
-        "y.body/o": "it is inside a subgraph; only the main graph is rewritten"
-    }
-
-
 def test_a_weight_that_is_a_state_of_a_loop() -> None:
     text = loop(
         "v = Identity(u) o = MatMul(h, u)", "float[B, 2] h, float[2, 2] u", extra=", last"
@@ -152,42 +147,41 @@ def test_a_state_hides_an_outer_weight_of_its_name() -> None:
     assert refused(text) == {}
 
 
-def test_one_weight_in_both_branches_of_an_if() -> None:
-    inner = "{name} () => (float[B, 2] o) {{ o = {op}(x, w) }}"
-    branches = ", ".join(
-        f"{name} = {inner.format(name=name, op=op)}"
-        for name, op in (("then_branch", "MatMul"), ("else_branch", "Gemm"))
-    )
-    text = graph(f"y = If (b) <{branches}>", head="float[B, 2] x, bool b")
-    reasons = refused(text)
-    assert reasons == {
-        f"y.{name}/o": "it is inside a subgraph; only the main graph is rewritten"
-        for name in ("then_branch", "else_branch")
-    }
-
-
 def test_weights_that_a_subgraph_stores_itself() -> None:
     text = loop(
         "c2 = Constant <value = float[2, 2] {1, 2, 3, 4}> () d = Neg(c2) o = MatMul(h, d)"
     )
-    assert list(refused(text)) == ["y.body/o"]
+    assert refused(text) == {"y.body/o": f"{COMPUTED} (Neg)"}
+
+
+def test_a_weight_that_the_outer_scope_computes() -> None:
+    text = loop("o = MatMul(h, d)").replace("{ y = Loop", "{ d = Neg(w) y = Loop")
+    assert refused(text) == {"y.body/o": f"{COMPUTED} (Neg)"}
+
+
+def test_an_outer_weight_that_can_be_overridden() -> None:
+    text = loop("o = MatMul(h, w)").replace("(float[B, 2] x)", "(float[B, 2] x, float[2, 2] w)")
+    assert refused(text) == {
+        "y.body/o": "the weight is also a graph input, so it can be overridden at run time"
+    }
 
 
 @pytest.mark.parametrize(
-    ("call", "body"),
+    ("opset", "body"),
     [
-        ("y = local.Linear(x, w)", "(a, b) => (o) { o = MatMul(a, b) }"),
-        (
-            "y = local.Linear(x)",
-            "(a) => (o) { k = Constant <value = float[2, 2] {1, 2, 3, 4}> () o = MatMul(a, k) }",
-        ),
+        (20, "(a, b) => (o) { o = MatMul(a, b) }"),
+        (21, "(a, b) => (a) { o = MatMul(a, b) }"),
+        (21, "(a, b) => (o) { p = MatMul(a, b) o = local.Linear(p, b) }"),
     ],
 )
-def test_a_call_of_a_function_that_holds_a_product(call: str, body: str) -> None:
-    text = f'{graph(call)} <domain: "local", opset_import: ["": 21]> Linear {body}'
+def test_a_call_that_cannot_be_opened(opset: int, body: str) -> None:
+    text = (
+        f"{graph('y = local.Linear(x, w)')} "
+        f'<domain: "local", opset_import: ["": {opset}, "local": 1]> Linear {body}'
+    )
     assert refused(text) == {
-        "y": "a call of the model-local function local.Linear, which holds MatMul; functions are not "
-        "opened, inline them first"
+        "y": "a call of the model-local function local.Linear, which holds MatMul and does not fit into the main "
+        "graph: it imports other operator sets, calls itself or hands on an input"
     }
 
 

@@ -1,0 +1,362 @@
+"""A planted structure is found, rewritten and validated inside bodies and functions too."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tests.e2e.planted import Planted, Recipe, decomposition, found_partition, plant, save
+from tools.untouched import untouched_faults
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from tests.e2e.conftest import Command
+
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]
+
+SPLIT = ("--emit", "split", "--force", "--batch", "1")
+SQUARE = Recipe(blocks=((6, 12, 6),) * 8)
+
+
+@pytest.fixture
+def square() -> Planted:
+    """As many outputs as inputs, for states."""
+    return plant(SQUARE, np.random.default_rng(0))
+
+
+def value(name: str, kind: int = TensorProto.FLOAT, shape: Any = None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def body_of(
+    model: onnx.ModelProto,
+    name: str,
+    renamed: dict[str, str] | None = None,
+    *,
+    own: bool = False,
+    inputs: Sequence[onnx.ValueInfoProto] = (),
+) -> onnx.GraphProto:
+    """The planted network as a graph of its own, on the outer ``x`` or on inputs; ``own``: with its weights in it."""
+    names = renamed or {}
+    graph = onnx.GraphProto(name=name)
+    for node in model.graph.node:
+        copy = graph.node.add()
+        copy.CopyFrom(node)
+        copy.input[:] = [names.get(n, n) for n in node.input]
+        copy.output[:] = [names.get(n, n) for n in node.output]
+    graph.input.extend(inputs)
+    graph.output.append(value(names.get("y", "y"), shape=["rows", 48]))
+    if own:
+        graph.initializer.extend(model.graph.initializer)
+    return graph
+
+
+def with_main(
+    model: onnx.ModelProto,
+    nodes: Sequence[onnx.NodeProto],
+    *,
+    keep: bool = True,
+    inputs: Sequence[onnx.ValueInfoProto] = (),
+    outputs: Sequence[onnx.ValueInfoProto] = (),
+) -> onnx.ModelProto:
+    """The model with other nodes in its main graph."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    result.graph.input.extend(inputs)
+    result.graph.output.extend(outputs)
+    if not keep:
+        del result.graph.initializer[:]
+    return result
+
+
+def branch(model: onnx.ModelProto, *, own: bool = False) -> onnx.ModelProto:
+    """The network in one branch of an If."""
+    there = body_of(model, "there", {"y": "then.y"}, own=own)
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["else.y"])], "other", [], [value("else.y")]
+    )
+    node = helper.make_node(
+        "If", ["flag"], ["y"], "choice", then_branch=there, else_branch=other
+    )
+    return with_main(model, [node], keep=not own, inputs=[value("flag", TensorProto.BOOL, [])])
+
+
+def branch_with_its_own_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    return branch(model, own=True)
+
+
+def loop(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network applied twice."""
+    states = [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, [])]
+    body = body_of(
+        model, "step", {"x": "h", "y": "h2"}, inputs=[*states, value("h", shape=["rows", 48])]
+    )
+    body.node.insert(0, helper.make_node("Identity", ["go"], ["go2"]))
+    body.output.insert(0, value("go2", TensorProto.BOOL, []))
+    result = with_main(
+        model, [helper.make_node("Loop", ["times", "", "x"], ["y"], "steps", body=body)]
+    )
+    result.graph.initializer.append(helper.make_tensor("times", TensorProto.INT64, [], [2]))
+    return result
+
+
+def scan(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The network over the first axis of a sequence, with a running sum."""
+    body = body_of(
+        model,
+        "step",
+        {"x": "e", "y": "e2"},
+        inputs=[value("s", shape=[1, 48]), value("e", shape=[1, 48])],
+    )
+    body.node.append(helper.make_node("Add", ["s", "e2"], ["s2"]))
+    body.output.insert(0, value("s2", shape=[1, 48]))
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "axis"], ["rows"]),
+        helper.make_node(
+            "Scan", ["start", "rows"], ["last", "each"], "steps", body=body, num_scan_inputs=1
+        ),
+        helper.make_node("Squeeze", ["each", "axis"], ["y"]),
+    ]
+    result = with_main(model, nodes)
+    result.graph.initializer.extend(
+        [
+            helper.make_tensor("axis", TensorProto.INT64, [1], [1]),
+            helper.make_tensor("start", TensorProto.FLOAT, [1, 48], np.zeros(48)),
+        ]
+    )
+    return result
+
+
+def nested(model: onnx.ModelProto) -> onnx.ModelProto:
+    """In a branch of a branch."""
+    inner = branch(model)
+    graph = body_of(inner, "outer", {"y": "outer.y"})
+    other = helper.make_graph(
+        [helper.make_node("Neg", ["x"], ["none.y"])], "none", [], [value("none.y")]
+    )
+    node = helper.make_node(
+        "If", ["flag"], ["y"], "first", then_branch=graph, else_branch=other
+    )
+    return with_main(inner, [node])
+
+
+def call(model: onnx.ModelProto) -> onnx.ModelProto:
+    """As two calls of one function, with an activation between them; and a third that is left alone."""
+    function = helper.make_function(
+        "local",
+        "Linear",
+        ["i", "k", "c"],
+        ["o"],
+        [
+            helper.make_node("MatMul", ["i", "k"], ["p"], "mm"),
+            helper.make_node("Add", ["p", "c"], ["o"]),
+        ],
+        [helper.make_opsetid("", 17)],
+    )
+    nodes = [
+        helper.make_node(
+            "Linear", ["x", "up.weight", "up.bias"], ["up.sum"], "up", domain="local"
+        ),
+        helper.make_node("Relu", ["up.sum"], ["up.active"], "relu"),
+        helper.make_node(
+            "Linear", ["up.active", "down.weight", "down.bias"], ["y"], "down", domain="local"
+        ),
+        helper.make_node("Linear", ["x", "dense", "up.bias"], ["z"], "other", domain="local"),
+    ]
+    result = with_main(model, nodes, outputs=[value("z", shape=["batch", 96])])
+    rng = np.random.default_rng(0)
+    result.graph.initializer.append(
+        helper.make_tensor("dense", TensorProto.FLOAT, [48, 96], rng.normal(size=48 * 96))
+    )
+    result.functions.append(function)
+    result.opset_import.append(helper.make_opsetid("local", 1))
+    return result
+
+
+def function_with_its_own_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    constants = [
+        helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in model.graph.initializer
+    ]
+    function = helper.make_function(
+        "local",
+        "Net",
+        ["x"],
+        ["y"],
+        [*constants, *model.graph.node],
+        [helper.make_opsetid("", 17)],
+    )
+    node = helper.make_node("Net", ["x"], ["y"], "net", domain="local")
+    result = with_main(model, [node], keep=False)
+    result.functions.append(function)
+    result.opset_import.append(helper.make_opsetid("local", 1))
+    return result
+
+
+FORMS: dict[Callable[[onnx.ModelProto], onnx.ModelProto], tuple[str, str]] = {
+    branch: ("choice.then_branch/up", "choice.then_branch/down"),
+    branch_with_its_own_weights: ("choice.then_branch/up", "choice.then_branch/down"),
+    loop: ("steps.body/up", "steps.body/down"),
+    scan: ("steps.body/up", "steps.body/down"),
+    nested: (
+        "first.then_branch/choice.then_branch/up",
+        "first.then_branch/choice.then_branch/down",
+    ),
+    call: ("up/mm", "down/mm"),
+    function_with_its_own_weights: ("net/up", "net/down"),
+}
+
+
+def feeds_for(model: onnx.ModelProto) -> dict[str, Any]:
+    x = np.random.default_rng(3).normal(size=(4, 48)).astype(np.float32)
+    names = {i.name for i in model.graph.input}
+    return {"x": x, "flag": np.array(True)} if "flag" in names else {"x": x}
+
+
+def outputs(path: Path, feeds: dict[str, Any]) -> list[Any]:
+    import onnxruntime  # noqa: PLC0415
+
+    return list(
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(
+            None, feeds
+        )
+    )
+
+
+def all_tensors(model: onnx.ModelProto) -> set[str]:
+    found = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            found |= {tensor.name for tensor in attribute.g.initializer}
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_place_of_a_site(
+    form: Callable[[onnx.ModelProto], onnx.ModelProto],
+    command: Command,
+    square: Planted,
+    tmp_path: Path,
+) -> None:
+    model = form(square.model)
+    onnx.checker.check_model(model, full_check=True)
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report, annealed = tmp_path / "report.json", tmp_path / "annealed.onnx"
+    result = command(
+        "rewrite", source, "-o", output, "--report", report, "--save-annealed", annealed, *SPLIT
+    )
+    assert result.last_line.startswith("rewritten: "), result
+    rewritten = onnx.load(output)
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert "onnx_decompose.closed" not in str(rewritten)
+    for site, planted in zip(FORMS[form], ("up", "down"), strict=True):
+        assert found_partition(rewritten, site) == square.partition(planted)
+    # The weight as it was is gone, wherever it was.
+    assert not {"up.weight", "down.weight"} & all_tensors(rewritten)
+    assert untouched_faults(source, output) == []
+    feeds = feeds_for(model)
+    for path in (output, annealed):
+        for got, expected in zip(outputs(path, feeds), outputs(source, feeds), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert command("validate", source, output, "--samples", "1").code == 0
+    names = {site["name"] for site in json.loads(report.read_text("utf-8"))["sites"]}
+    assert names >= set(FORMS[form])
+
+
+def test_a_call_without_structure_stays_a_call(
+    command: Command, square: Planted, tmp_path: Path
+) -> None:
+    source, output = save(call(square.model), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    assert command("rewrite", source, "-o", output, *SPLIT).code == 0
+    rewritten = onnx.load(output)
+    assert [n.name for n in rewritten.graph.node if n.domain == "local"] == ["other"]
+    assert len(rewritten.functions) == 1
+
+
+def test_a_function_that_nothing_calls_any_more_is_gone(
+    command: Command, square: Planted, tmp_path: Path
+) -> None:
+    model = function_with_its_own_weights(square.model)
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    assert command("rewrite", source, "-o", output, *SPLIT).code == 0
+    assert not onnx.load(output).functions
+
+
+def test_one_weight_in_both_branches(command: Command, square: Planted, tmp_path: Path) -> None:
+    """Its blocks are stored once; a weight that something else reads stays."""
+    model = square.model
+    branches = [
+        body_of(
+            model,
+            name,
+            {n: f"{name}.{n}" for node in model.graph.node for n in node.output},
+        )
+        for name in ("one", "other")
+    ]
+    node = helper.make_node(
+        "If", ["flag"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1]
+    )
+    shape = helper.make_node("ReduceSum", ["up.weight"], ["z"], keepdims=0)
+    flag = value("flag", TensorProto.BOOL, [])
+    model = with_main(model, [node, shape], inputs=[flag], outputs=[value("z", shape=[])])
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    assert command("rewrite", source, "-o", output, *SPLIT).last_line.startswith("rewritten: ")
+    rewritten = onnx.load(output)
+    for part in ("then_branch", "else_branch"):
+        for site in ("up", "down"):
+            found = found_partition(rewritten, f"choice.{part}/{site}")
+            assert found == square.partition(site)
+    assert sum(".block" in tensor.name for tensor in rewritten.graph.initializer) == 16
+    assert "up.weight" in all_tensors(rewritten)
+    assert "down.weight" not in all_tensors(rewritten)
+    assert untouched_faults(source, output) == []
+    assert command("validate", source, output, "--samples", "1").code == 0
+
+
+def test_a_weight_that_is_a_loop_state_is_left_alone(
+    command: Command, square: Planted, tmp_path: Path
+) -> None:
+    model = loop(square.model)
+    body = model.graph.node[0].attribute[0].g
+    body.input.append(value("w", shape=[48, 96]))
+    body.output.append(value("w2", shape=[48, 96]))
+    body.node.append(helper.make_node("Neg", ["w"], ["w2"]))
+    for node in body.node:
+        if node.name == "up":
+            node.input[1] = "w"
+    model.graph.node[0].input.append("up.weight")
+    model.graph.node[0].output.append("last")
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = tmp_path / "report.json"
+    assert command("rewrite", source, "-o", output, "--report", report, *SPLIT).code == 0
+    (refused,) = json.loads(report.read_text("utf-8"))["refused"]
+    assert refused == {
+        "node": "steps.body/up",
+        "op_type": "MatMul",
+        "reason": "its weight is a state of the loop, which an iteration may change",
+    }
+    assert set(decomposition(onnx.load(output))["sites"]) == {"steps.body/down"}
+
+
+def test_a_corrupted_block_of_a_body_is_found(
+    command: Command, square: Planted, tmp_path: Path
+) -> None:
+    source, output = save(loop(square.model), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    assert command("rewrite", source, "-o", output, *SPLIT).code == 0
+    rewritten = onnx.load(output)
+    tensor = next(t for t in rewritten.graph.initializer if t.name == "up.weight.block3")
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values[2, 1] += 1e-3
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    result = command("validate", source, save(rewritten, output), "--samples", "1")
+    assert result.code == 1
+    assert "steps.body/up" in result.out + result.err
