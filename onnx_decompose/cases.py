@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "OTHER_SIZES",
+    "SAMPLES_AT_A_TIME",
     "Case",
     "made_up_cases",
     "open_model",
@@ -50,7 +51,7 @@ __all__ = [
     "working_size",
 ]
 
-_SAMPLES_AT_A_TIME = 256
+SAMPLES_AT_A_TIME = 256
 _MOST_SERIALIZED = 2**31 - 2**26
 """Bytes of weights; protobuf's own limit is 2 GB for all of a model."""
 
@@ -153,7 +154,7 @@ def working_size(proto: onnx.ModelProto, session: Session, rng: np.random.Genera
 
 def sample_cases(samples: Samples) -> Iterator[Case]:
     """The user's inputs, a batch at a time."""
-    for number, (feeds, extras) in enumerate(samples.batches(_SAMPLES_AT_A_TIME)):
+    for number, (feeds, extras) in enumerate(samples.batches(SAMPLES_AT_A_TIME)):
         yield Case(f"{samples.source}, batch {number + 1}", feeds, extras)
 
 

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.logging import RichHandler
 
+from onnx_decompose.analysis.refit import Compensation
 from onnx_decompose.console import (
     progress,
     show_claims,
@@ -21,7 +22,7 @@ from onnx_decompose.console import (
 )
 from onnx_decompose.errors import ClaimError, DecomposeError, OptionError
 from onnx_decompose.model_io import check_output, save_model
-from onnx_decompose.options import Options, ProviderChoice
+from onnx_decompose.options import Annealing, Options, ProviderChoice
 from onnx_decompose.report import validation_json, write_json
 from onnx_decompose.state_graph import Emit
 from onnx_decompose.version import VERSION
@@ -198,7 +199,24 @@ def analyze(
 @click.option(
     "--calibration",
     type=_PATH,
-    help="Your inputs: claim B is measured on them. INPUTS.npz or a folder.",
+    help=(
+        "Your inputs: calibrated annealing fits to a part of them, claim B is measured on the rest. "
+        "INPUTS.npz or a folder."
+    ),
+)
+@click.option(
+    "--annealing",
+    type=click.Choice(get_args(Annealing)),
+    default="auto",
+    show_default=True,
+    help="What decides: the null (tested), the inputs (calibrated), or the faster of both unless --null names one.",
+)
+@click.option(
+    "--compensation",
+    type=click.Choice(get_args(Compensation)),
+    default="ridge",
+    show_default=True,
+    help="What makes up for what calibrated annealing removes.",
 )
 @click.option(
     "--budget",

@@ -27,6 +27,7 @@ from onnx_decompose.passes.base import check_model
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.plan import RegionPlan, plan_region, plan_shared
+from onnx_decompose.refits import weight_of
 from onnx_decompose.renumbering import choose_numbering
 from onnx_decompose.study import state_graph, study_model
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from onnx_decompose.cost import CostModel
     from onnx_decompose.metadata import Annealing, Block
     from onnx_decompose.model_io import Model
+    from onnx_decompose.refits import Refit
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
     from onnx_decompose.state_graph import Emit
@@ -65,6 +67,8 @@ class Attempt:
         added: what folded constant units add to the products of rewritten sites, (N,) float64 by name; see
             ``folding.Folding``.
         absorbed: how many per-unit scales and shifts go into weight and bias of rewritten sites, by name.
+        refits: what stands in the place of a site's original entries before anything is removed, by name; what it adds
+            is in ``added`` as well.
     """
 
     study: Study
@@ -75,6 +79,7 @@ class Attempt:
     recurrent: RecurrentAttempt
     added: Mapping[str, NDArray[np.float64]]
     absorbed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    refits: Mapping[str, Refit] = dataclasses.field(default_factory=dict)
 
     @property
     def takes_apart(self) -> bool:
@@ -104,6 +109,20 @@ class Attempt:
         return after
 
     @property
+    def predicted_cost(self) -> float:
+        """Predicted time over that of the original, each region by its weights."""
+        parts = [
+            (sum(s.size for s in region.sites), plan.relative_cost)
+            for region, plan in self.rewrites
+        ]
+        whole = sum(site.size for site in self.study.sites)
+        return 1.0 - sum(size * (1.0 - cost) for size, cost in parts) / max(whole, 1)
+
+    def weight(self, site: Site) -> NDArray[Any]:
+        """The weight that entries are removed from, (K, N): refitted, or the original's."""
+        return weight_of(self.study, site, self.refits)
+
+    @property
     def is_exact(self) -> bool:
         """Whether rewritten sites lose nothing but exact zeros, and no row or column is put in another's place."""
         regions = all(self.keeps_weights(region, plan) for region, plan in self.rewrites)
@@ -113,6 +132,8 @@ class Attempt:
         """Whether ``region`` loses nothing but exact zeros, and no row or column is put in another's place."""
         for site in region.sites:
             selection = self.selections[site.name]
+            if site.name in self.refits:
+                return False
             if (self.study.weight(site)[~selection.mask] != 0).any():
                 return False
             if plan.decision == "shared" and any(g.deviation > 0 for g in selection.shared):
@@ -137,7 +158,7 @@ class Attempt:
 
         def annealed(site: Site) -> NDArray[Any]:
             region, plan, number = position[site.name]
-            kept = anneal(self.study.weight(site), _filled(region, plan, number))
+            kept = anneal(self.weight(site), _filled(region, plan, number))
             if plan.decision == "shared":
                 kept = unify(kept, self.selections[site.name].shared)
             return places[site.name].scaled(kept) if scaled else kept
@@ -180,7 +201,7 @@ class Attempt:
         return find_biases(graph, sites, self.study.constants, self.absorbed)
 
 
-def attempt(
+def attempt(  # noqa: PLR0913 (what is known, what is asked for, and what was refitted)
     study: Study,
     evidence: Mapping[str, Evidence],
     criterion: Criterion,
@@ -188,22 +209,33 @@ def attempt(
     cost: CostModel,
     emit: Emit,
     rng: np.random.Generator,
+    refits: Mapping[str, Refit] | None = None,
 ) -> Attempt:
     """Select the supported entries of every site and plan every region.
 
     A maximal region that stays whole is tried again site by site: one dense site hides the structure of the others.
+
+    Args:
+        study: the model.
+        evidence: of each site by name; of a refitted one, on its new weight.
+        criterion: decides which entries are supported.
+        cost: the provider's coefficients.
+        emit: how regions are written.
+        rng: source of randomness, for the criterion.
+        refits: weights that stand in the place of the original's, by site name.
     """
+    refits = refits or {}
     selections = {
         site.name: criterion.select(evidence[site.name], rng=rng) for site in study.weights
     }
     plans: list[tuple[Region, RegionPlan]] = []
     added: dict[str, NDArray[np.float64]] = {}
     for region in study.regions:
-        whole, contributions = _plan_whole(study, region, selections, cost, emit)
+        whole, contributions = _plan_whole(study, region, selections, cost, emit, refits)
         added |= contributions
         logger.debug("region %s: %s: %s", region.name, whole.decision, whole.reason)
         parts = [
-            (part, _plan(study, part, selections, cost, emit))
+            (part, _plan(study, part, selections, cost, emit, refits))
             for part in (study.parts(region) if whole.decision == "dense" else ())
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
@@ -211,7 +243,16 @@ def attempt(
     masks = {name: selection.mask for name, selection in selections.items()}
     recurrent = attempt_recurrent(study, masks, cost, emit)
     return absorbing(
-        Attempt(study, evidence, criterion, selections, tuple(plans), recurrent, added)
+        Attempt(
+            study,
+            evidence,
+            criterion,
+            selections,
+            tuple(plans),
+            recurrent,
+            added,
+            refits=refits,
+        )
     )
 
 
@@ -230,6 +271,7 @@ def _plan(
     selections: Mapping[str, Selection],
     cost: CostModel,
     emit: Emit,
+    refits: Mapping[str, Refit],
 ) -> RegionPlan:
     """The plan of one region; equal rows and columns of a single site compete with taking it apart."""
     graph = state_graph(study, region, _masks(region, selections))
@@ -237,7 +279,7 @@ def _plan(
     if len(region.sites) != 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
         return plan
     site, mask = region.sites[0], plan.masks[0]
-    weight = unify(anneal(study.weight(site), mask), selections[site.name].shared)
+    weight = unify(anneal(weight_of(study, site, refits), mask), selections[site.name].shared)
     copies = find_copies(weight)
     return plan if copies is None else plan_shared(graph, plan, copies, cost, emit)
 
@@ -342,21 +384,23 @@ def _plan_whole(
     selections: Mapping[str, Selection],
     cost: CostModel,
     emit: Emit,
+    refits: Mapping[str, Refit],
 ) -> tuple[RegionPlan, Mapping[str, NDArray[np.float64]]]:
     """The plan of a maximal region, with its constant units folded where that lets something be dropped.
 
     Returns:
         The plan, and what folded units add to sites by name.
     """
-    plain = _plan(study, region, selections, cost, emit)
-    folding = fold_region(study, region, _masks(region, selections))
+    plain = _plan(study, region, selections, cost, emit, refits)
+    added = {site.name: refits[site.name].added for site in region.sites if site.name in refits}
+    folding = fold_region(study, region, _masks(region, selections), refits)
     if folding is None:
-        return plain, {}
+        return plain, added
     plan = plan_region(state_graph(study, region, folding.masks), cost, emit)
     if plan.decision == "dense" or plan.relative_cost >= plain.relative_cost:
-        return plain, {}
+        return plain, added
     reason = f"{plan.reason}; {folding.rows} rows of constant units folded into biases"
-    return dataclasses.replace(plan, reason=reason), folding.added
+    return dataclasses.replace(plan, reason=reason), {**added, **folding.added}
 
 
 def _filled(region: Region, plan: RegionPlan, number: int) -> NDArray[np.bool_]:
@@ -384,7 +428,7 @@ def _absorbable(tried: Attempt) -> dict[str, int]:
         site.name: counts[site.name]
         for site in sites
         if site.name in counts
-        and np.isfinite(places[site.name].scaled(study.weight(site))).all()
+        and np.isfinite(places[site.name].scaled(tried.weight(site))).all()
         and np.isfinite(
             places[site.name].stored(tried.added.get(site.name, 0.0), study.weight(site).dtype)
         ).all()

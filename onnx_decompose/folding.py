@@ -19,6 +19,7 @@ import onnx.reference
 
 from onnx_decompose.analysis.folding import Units, anything, fold_rows, read_by, settle
 from onnx_decompose.biases import Bias, find_biases
+from onnx_decompose.refits import weight_of
 from onnx_decompose.shapes import opset_of
 from onnx_decompose.sites import attribute_values
 from onnx_decompose.tensors import is_float, largest_number
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.refits import Refit
     from onnx_decompose.regions import Region
     from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
@@ -64,15 +66,18 @@ class Folding:
     rows: int
 
 
-def fold_region(study: Study, region: Region, masks: Masks) -> Folding | None:
+def fold_region(
+    study: Study, region: Region, masks: Masks, refits: Mapping[str, Refit] | None = None
+) -> Folding | None:
     """Fold the constant units of ``region``; None where no site reads any.
 
     Args:
         study: the model.
         region: one of its regions.
         masks: the supported entries of every site by name.
+        refits: weights that stand in the place of the original's, by site name; what they add is part of ``added``.
     """
-    walk = _Walk(study, region, masks)
+    walk = _Walk(study, region, masks, refits or {})
     for index in region.nodes:
         walk.step(index)
     return Folding(walk.masks, walk.added, walk.rows) if walk.rows else None
@@ -81,8 +86,11 @@ def fold_region(study: Study, region: Region, masks: Masks) -> Folding | None:
 class _Walk:
     """One pass over a region's nodes, in order, with what is known of every value's units."""
 
-    def __init__(self, study: Study, region: Region, masks: Masks) -> None:
+    def __init__(
+        self, study: Study, region: Region, masks: Masks, refits: Mapping[str, Refit]
+    ) -> None:
         self._study = study
+        self._refits = refits
         self._graph = study.model.proto.graph
         self._region = region
         self._sites = {site.node: site for site in region.sites}
@@ -91,7 +99,9 @@ class _Walk:
         self._largest = largest_number(weight.dtype)
         self._known = {name: anything(self._size(name)) for name in region.entries}
         self.masks = {site.name: masks[site.name] for site in region.sites}
-        self.added: dict[str, FloatArray] = {}
+        self.added: dict[str, FloatArray] = {
+            site.name: refits[site.name].added for site in region.sites if site.name in refits
+        }
         self.rows = 0
 
     def step(self, index: int) -> None:
@@ -110,7 +120,9 @@ class _Walk:
         units, mask = self._known[site.input], self.masks[site.name]
         if units.varies.all() and mask.any(axis=0).all():
             return anything(site.shape[1])
-        folded, total = fold_rows(units, self._study.weight(site), mask)
+        folded, total = fold_rows(units, weight_of(self._study, site, self._refits), mask)
+        if site.name in self._refits:
+            total = total + self._refits[site.name].added
         if total.any() and not self._fits(site, total):
             return anything(site.shape[1])
         rows = int(np.count_nonzero(mask.any(axis=1) & ~units.varies))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal, get_args
 
+from onnx_decompose.analysis.refit import Compensation
 from onnx_decompose.errors import OptionError
 from onnx_decompose.state_graph import Emit
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Options", "ProviderChoice"]
+__all__ = ["Annealing", "Options", "ProviderChoice"]
 
 ProviderChoice = Literal["auto", "cpu", "cuda"]
+Annealing = Literal["auto", "tested", "calibrated"]
+"""What decides over removal: both of the others, the faster one wins; the null; calibration data."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,7 +29,12 @@ class Options:
         null_config: TOML file that names a null per weight, by glob.
         criterion: which entries count as supported (``fdr``, ``fwer``, ``ksigma``, ...).
         alpha: level of the criterion.
-        calibration: the user's inputs; claim B is measured on them.
+        calibration: the user's inputs: claim B is measured on them, or on a part of them where something is fitted to
+            the rest.
+        annealing: ``tested`` removes what the null does not support, ``calibrated`` what the user's inputs do not need,
+            ``auto`` takes the faster of the two; where a null is named, that is what is tested and nothing else.
+        compensation: what makes up for what calibrated annealing removes: ``ridge`` (refitted weights), ``mean``
+            (biases alone), ``none``.
         budget: bound of claim B: relative L2 error of every output, or the metric's drop; 0 removes nothing but
             exact zeros.
         metric: ``module:function``, higher is better.
@@ -44,6 +52,8 @@ class Options:
     criterion: str = "fdr"
     alpha: float = 0.01
     calibration: Path | None = None
+    annealing: Annealing = "auto"
+    compensation: Compensation = "ridge"
     budget: float = 0.01
     metric: str | None = None
     provider: ProviderChoice = "auto"
@@ -68,14 +78,9 @@ class Options:
             raise OptionError(
                 f"budget {self.budget} is negative; give 0 for exact, or a small number"
             )
-        if self.provider not in get_args(ProviderChoice):
-            raise OptionError(
-                f"provider {self.provider!r} is unknown; choose {', '.join(get_args(ProviderChoice))}"
-            )
-        if self.emit not in get_args(Emit):
-            raise OptionError(
-                f"emit {self.emit!r} is unknown; choose {', '.join(get_args(Emit))}"
-            )
+        self._check_choices()
+        if self.annealing == "calibrated" and self.calibration is None:
+            raise OptionError("calibrated annealing needs data: give --calibration with inputs")
         if not self.batch or min(self.batch) < 1:
             raise OptionError(
                 f"batch {self.batch} holds no sizes; give numbers from 1 on, as in 1,16,256"
@@ -88,3 +93,23 @@ class Options:
             raise OptionError(
                 "a metric needs data: give --calibration with the inputs (and labels) that it reads"
             )
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibrated annealing is tried."""
+        if self.calibration is None or not self.budget or self.annealing == "tested":
+            return False
+        named = self.null != "auto" or self.null_config is not None
+        return self.annealing == "calibrated" or not named
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("provider", get_args(ProviderChoice)),
+            ("emit", get_args(Emit)),
+            ("annealing", get_args(Annealing)),
+            ("compensation", get_args(Compensation)),
+        ):
+            if getattr(self, name) not in choices:
+                raise OptionError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose {', '.join(choices)}"
+                )

@@ -119,8 +119,8 @@ def rewrite(
         len(study.recurrent),
     )
     provider = resolve_provider(options.provider)
-    inputs = _inputs(study.source, options)
-    tried, refusal = anneal_within_budget(study, options, inputs, provider)
+    found = anneal_within_budget(study, options, _inputs(study.source, options), provider)
+    tried, refusal, inputs = found.tried, found.refusal, found.inputs
     if options.autotune and refusal is None:
         tried = _autotune(tried, inputs, provider, options)
     if refusal is not None or not tried.takes_apart:

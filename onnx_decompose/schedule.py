@@ -1,7 +1,12 @@
-"""The annealing schedule: from the largest removal to none, the first level whose measured error is in the budget."""
+"""The annealing schedule: from the largest removal to none, the first level whose measured error is in the budget.
+
+Two schedules compete. One tests weights against a null, level by level. The other, where there is calibration data,
+refits what it keeps (``calibrated``). The one that is predicted to be faster wins.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
@@ -9,9 +14,11 @@ import numpy as np
 
 from onnx_decompose.analysis.criteria import Criterion, make_criterion
 from onnx_decompose.analysis.shared import Shared
+from onnx_decompose.calibrated_search import Calibrated, calibrate_within_budget
 from onnx_decompose.cost_cache import cost_model
 from onnx_decompose.decompose import Attempt, annealed_model, attempt
 from onnx_decompose.gather import gather_all
+from onnx_decompose.summarize import reason_of
 from onnx_decompose.verify import AnnealingClaim, measure_annealing
 
 if TYPE_CHECKING:
@@ -26,19 +33,53 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["anneal_within_budget", "attempt_with", "measure_annealed"]
+__all__ = ["Annealed", "anneal_within_budget", "attempt_with", "measure_annealed"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Annealed:
+    """What the schedule came to.
+
+    Attributes:
+        tried: the attempt to carry out; or the one that was asked for.
+        refusal: what stood against it; None where it is to be carried out, or takes nothing apart.
+        inputs: what claim B is measured on: of samples that something was fitted to, the part that was held out.
+    """
+
+    tried: Attempt
+    refusal: str | None
+    inputs: Inputs
 
 
 def anneal_within_budget(
     study: Study, options: Options, inputs: Inputs, provider: Provider
+) -> Annealed:
+    """The fastest attempt, as predicted, whose measured error is inside the budget."""
+    cost = cost_model(provider, options.batch)
+    tried, refusal = _tested(study, options, inputs, provider, cost)
+    if not options.calibrates:
+        return Annealed(tried, refusal, inputs)
+    stands = tried.takes_apart and refusal is None and options.annealing == "auto"
+    found = calibrate_within_budget(
+        study, options, inputs, provider, to_beat=tried.predicted_cost if stands else 1.0
+    )
+    if isinstance(found, Calibrated):
+        return Annealed(found.tried, None, found.inputs)
+    if stands:
+        logger.info("the null's removal stands: %s", found)
+        return Annealed(tried, None, inputs)
+    return Annealed(tried, f"{refusal or reason_of(tried)}; {found}", inputs)
+
+
+def _tested(
+    study: Study, options: Options, inputs: Inputs, provider: Provider, cost: CostModel
 ) -> tuple[Attempt, str | None]:
-    """The largest removal whose measured error is inside the budget.
+    """The largest removal of what a null does not support whose measured error is inside the budget.
 
     Returns:
         The attempt to carry out and None; or the attempt that was asked for and what stood against it, None where
         it takes nothing apart.
     """
-    cost = cost_model(provider, options.batch)
     asked: Attempt | None = None
     refusal: str | None = None
     for evidence, criterion in _levels(study, options):

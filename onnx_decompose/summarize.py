@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from onnx_decompose.study import Study
     from onnx_decompose.verify import AnnealingClaim, StructuralClaim
 
-__all__ = ["Measured", "alternatives", "report_on", "summary_of"]
+__all__ = ["Measured", "alternatives", "reason_of", "report_on", "summary_of"]
 
 _ALTERNATIVE_NULLS = ("zero", "recorded", "torch", "empirical")
 _ALTERNATIVE_CRITERIA = ("fdr", "fwer", "ksigma", "group", "shared")
@@ -120,7 +120,7 @@ def summary_of(
         flops_before=2 * before,
         flops_after=2 * after,
         decomposable=tried.takes_apart and not refusal,
-        reason=refusal or _reason(tried),
+        reason=refusal or reason_of(tried),
     )
 
 
@@ -288,7 +288,7 @@ def _pieces(mask: NDArray[np.bool_]) -> float:
     return float(found.count + found.isolated)
 
 
-def _reason(tried: Attempt) -> str:
+def reason_of(tried: Attempt) -> str:
     """One sentence on the whole model."""
     if not tried.study.weights:
         return "the model has no MatMul or Gemm with a constant weight, and no such recurrent operator"

@@ -180,19 +180,21 @@ class Inputs:
         seeds: random draws at each size, for claim A always and for claim B without ``samples``.
         seed: of the random draws.
         metric: the user's metric on (inputs, outputs), higher is better; None for the relative L2 error.
+        part: what ``samples`` are of the user's inputs, where they are not all of them.
     """
 
     samples: Samples | None = None
     seeds: int = 3
     seed: int = 0
     metric: Metric | None = None
+    part: str = ""
 
     @property
     def data(self) -> str:
         """How reports call the data of claim B."""
         if self.samples is None:
             return f"random inputs (seed {self.seed}), not real ones"
-        return f"{self.samples.source} ({self.samples.count} samples)"
+        return f"{self.samples.source} ({self.part or f'{self.samples.count} samples'})"
 
     def cases(self, model: Model, other: tuple[int, ...] = OTHER_SIZES[0]) -> Iterator[Case]:
         """Made-up cases, then the user's; claim B is measured on the user's alone where there are any.

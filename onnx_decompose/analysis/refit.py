@@ -1,0 +1,198 @@
+"""Compensation in closed form: what is left of a weight takes over what was removed, as far as data shows it.
+
+A site of the original gives y = z W + b for its input z. The annealed model gives the site x in the place of z, and may
+use the entries in a mask only. Per output j with kept inputs S, and moments over the calibration rows,
+
+    minimize  var(y_j - x_S w)  +  ridge * mean(var x_S) * |w - w0|^2        w0: the start, the original's own entries
+
+and the constant that is left, mean(y_j) - mean(x) w, goes into the bias. The ridge pulls towards the original's
+entries and not towards zero: where the data says nothing, a direction keeps what training gave it. Its limits are the
+two simpler compensations: 0 is least squares, infinity folds the mean of what was removed.
+
+One eigendecomposition per set of kept inputs serves every ridge; the one with the least error on other rows is taken
+(``held_out``), for all outputs of the set together, each output's error relative to its variance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import scipy.linalg
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.analysis.gram import Moments
+
+    BoolArray = NDArray[np.bool_]
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.intp]
+
+__all__ = [
+    "RIDGES",
+    "Compensation",
+    "Observed",
+    "RefitWeight",
+    "degrees_of_freedom",
+    "refit_weight",
+]
+
+Compensation = Literal["none", "mean", "ridge"]
+"""What makes up for removed entries: nothing, their mean in the bias, or a refit of what is kept."""
+
+RIDGES = (np.inf, *(10.0**k for k in range(2, -13, -1)))
+"""Tried from the strongest on: a weaker one has to be better."""
+
+_TINY = 1e-300
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class RefitWeight:
+    """A refitted site.
+
+    Attributes:
+        weight: (K, N), zero outside the mask.
+        added: (N,) what is added to the product x W, so that means agree.
+        error: (N,) variance of what is still missing from each output over its own variance, on the held-out rows;
+            0 for an output that is constant there and right, NaN for one that keeps no input.
+        ridges: the ridge of each set of kept inputs, in the order of their first output.
+    """
+
+    weight: FloatArray
+    added: FloatArray
+    error: FloatArray
+    ridges: tuple[float, ...]
+
+    @property
+    def relative_error(self) -> float:
+        """Root mean square over the outputs, each relative to its own spread."""
+        kept = self.error[~np.isnan(self.error)]
+        return float(np.sqrt(kept.mean())) if kept.size else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Observed:
+    """What data says of one site.
+
+    Attributes:
+        fit: moments of x with z, to fit on.
+        held_out: the same of other rows, to choose the ridge on.
+        power: (N,) variance of the original's outputs on the held-out rows.
+    """
+
+    fit: Moments
+    held_out: Moments
+    power: FloatArray
+
+
+def refit_weight(
+    target: NDArray[np.floating[Any]],
+    start: NDArray[np.floating[Any]],
+    mask: BoolArray,
+    observed: Observed,
+    compensation: Compensation = "ridge",
+) -> RefitWeight:
+    """Refit one site.
+
+    Args:
+        target: (M, N) the original weight, W.
+        start: (K, N) what the entries are before, w0; K = M unless units were merged.
+        mask: (K, N) bool, the entries that may be used.
+        observed: what the site and its original read.
+        compensation: ``none`` leaves the entries and the bias, ``mean`` changes the bias alone.
+    """
+    fit, held_out, power = observed.fit, observed.held_out, observed.power
+    target = target.astype(np.float64)
+    weight = np.where(mask, start, 0.0).astype(np.float64)
+    wanted, shown = fit.xz @ target, held_out.xz @ target
+    error = np.full(target.shape[1], np.nan)
+    ridges: list[float] = []
+    for rows, outputs in _sets(mask):
+        if not rows.size:
+            continue
+        first = weight[np.ix_(rows, outputs)]
+        problem = _Problem(
+            fit.xx[np.ix_(rows, rows)],
+            wanted[np.ix_(rows, outputs)],
+            held_out.xx[np.ix_(rows, rows)],
+            shown[np.ix_(rows, outputs)],
+            power[outputs],
+        )
+        if compensation == "ridge":
+            best, ridge, left = problem.solve(first)
+        else:
+            best, ridge, left = first, np.inf, problem.error(first)
+        weight[np.ix_(rows, outputs)] = best
+        error[outputs] = left
+        ridges.append(ridge)
+    added = fit.mean_z @ target - fit.mean_x @ weight
+    if compensation == "none":
+        added = np.zeros_like(added)
+    return RefitWeight(weight, added, error, tuple(ridges))
+
+
+def degrees_of_freedom(covariance: FloatArray, ridge: float) -> float:
+    """Directions that data decides more than a ridge does: sum of e / (e + ridge * mean e) over the eigenvalues e."""
+    values = np.maximum(np.linalg.eigvalsh(covariance), 0.0)
+    mean = float(values.mean()) if values.size else 0.0
+    if mean <= 0:
+        return 0.0
+    return float((values / (values + ridge * mean)).sum())
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Problem:
+    """Outputs that keep the same inputs, k of them and n outputs.
+
+    Attributes:
+        gram: (k, k) covariance of the kept inputs.
+        wanted: (k, n) their covariance with the outputs.
+        held_gram: the same on the held-out rows.
+        held_wanted: the same on the held-out rows.
+        power: (n,) variance of the outputs on the held-out rows.
+    """
+
+    gram: FloatArray
+    wanted: FloatArray
+    held_gram: FloatArray
+    held_wanted: FloatArray
+    power: FloatArray
+
+    def error(self, weight: FloatArray) -> FloatArray:
+        """(n,) share of each output's variance that is missing on the held-out rows."""
+        missing = self.power + ((self.held_gram @ weight - 2 * self.held_wanted) * weight).sum(
+            axis=0
+        )
+        # What is lost in the subtraction is of the size of the last bits of the variance.
+        missing = np.maximum(missing, 0.0)
+        return np.where(missing <= _TINY, 0.0, missing / np.maximum(self.power, _TINY))
+
+    def solve(self, start: FloatArray) -> tuple[FloatArray, float, FloatArray]:
+        """The weight of the best ridge, that ridge, and its error."""
+        values, vectors = scipy.linalg.eigh(self.gram)
+        mean = float(np.diagonal(self.gram).mean())
+        residual = vectors.T @ (self.wanted - self.gram @ start)
+        best, ridge, left = start, np.inf, self.error(start)
+        if mean <= 0:
+            return best, ridge, left
+        for candidate in RIDGES[1:]:
+            damped = np.maximum(values, 0.0)[:, None] + candidate * mean
+            weight = start + vectors @ (residual / damped)
+            error = self.error(weight)
+            if error.sum() < left.sum():
+                best, ridge, left = weight, candidate, error
+        return best, ridge, left
+
+
+def _sets(mask: BoolArray) -> Iterator[tuple[IntArray, IntArray]]:
+    """Kept inputs, and the outputs that keep just those, in the order of the first of them."""
+    packed = np.packbits(mask, axis=0)
+    groups: dict[bytes, list[int]] = {}
+    for output in range(mask.shape[1]):
+        groups.setdefault(packed[:, output].tobytes(), []).append(output)
+    for outputs in groups.values():
+        yield np.flatnonzero(mask[:, outputs[0]]), np.array(outputs, dtype=np.intp)

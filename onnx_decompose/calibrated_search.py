@@ -1,0 +1,243 @@
+"""The calibrated schedule: of all proposals the one that is predicted to be fastest, among those inside the budget.
+
+Within a family, a stricter proposal is both faster and less exact, so that halving finds the strictest one inside the
+budget with few refits. Errors are measured on the part of the samples to choose on; what is chosen has to pass on the
+part that is held out for claim B, which nothing else ever sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_decompose.analysis.criteria import make_criterion
+from onnx_decompose.analysis.evidence import Evidence
+from onnx_decompose.analysis.null import Zero
+from onnx_decompose.calibrated import (
+    CalibrationContext,
+    Proposal,
+    refitted,
+    split_samples,
+)
+from onnx_decompose.cost_cache import cost_model
+from onnx_decompose.decay_proposals import decayed_units
+from onnx_decompose.decompose import annealed_model, attempt
+from onnx_decompose.refits import Refit
+from onnx_decompose.verify import AnnealingClaim, measure_annealing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from onnx_decompose.analysis.selection import Selection
+    from onnx_decompose.calibrated import Generator
+    from onnx_decompose.cost import CostModel
+    from onnx_decompose.decompose import Attempt
+    from onnx_decompose.options import Options
+    from onnx_decompose.samples import Samples
+    from onnx_decompose.sessions import Provider
+    from onnx_decompose.study import Study
+    from onnx_decompose.verify import Inputs
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["GENERATORS", "Calibrated", "calibrate_within_budget", "context_for"]
+
+GENERATORS: tuple[Generator, ...] = (decayed_units,)
+"""What proposals come from."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Calibrated:
+    """A calibrated attempt inside the budget, and the samples that were held out for claim B."""
+
+    tried: Attempt
+    inputs: Inputs
+
+
+def calibrate_within_budget(
+    study: Study, options: Options, inputs: Inputs, provider: Provider, *, to_beat: float
+) -> Calibrated | str:
+    """The fastest proposal inside the budget, as predicted.
+
+    Args:
+        study: the model.
+        options: budget, compensation, seed.
+        inputs: all of the user's samples, and the metric.
+        provider: where models run.
+        to_beat: predicted cost over dense; what is not below it is not tried.
+
+    Returns:
+        The attempt; or why there is none, with the figures of the one that came nearest.
+    """
+    assert inputs.samples is not None
+    if inputs.samples.count < 3:
+        return f"calibrated annealing needs more samples than {inputs.samples.count}"
+    context = context_for(study, options, inputs.samples, provider)
+    reason = context.too_few() if context.sites else "no site can be refitted"
+    if reason is not None:
+        return reason
+    search = _Search(context, options, inputs, cost_model(provider, options.batch))
+    return search.best(to_beat)
+
+
+def context_for(
+    study: Study, options: Options, samples: Samples, provider: Provider
+) -> CalibrationContext:
+    """The samples split, and what generators may look at."""
+    return CalibrationContext(
+        study,
+        split_samples(samples, options.seed),
+        provider,
+        options.seed,
+        options.compensation,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Planned:
+    """A proposal and the predicted cost over dense of what it would become."""
+
+    proposal: Proposal
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Named:
+    """Exactly what a proposal keeps is supported."""
+
+    name: str
+
+    def select(self, evidence: Evidence, *, rng: np.random.Generator) -> Selection:
+        return dataclasses.replace(
+            make_criterion("fdr", 0.5).select(evidence, rng=rng), criterion=self.name
+        )
+
+    def looser(self) -> None:
+        return None
+
+
+class _Search:
+    """One run over all families of proposals."""
+
+    def __init__(
+        self, context: CalibrationContext, options: Options, inputs: Inputs, cost: CostModel
+    ) -> None:
+        self._context = context
+        self._options = options
+        self._inputs = inputs
+        self._cost = cost
+        self._nearest: tuple[float, str] | None = None
+        parts = context.parts
+        total = parts.fit.count + parts.choose.count + parts.judge.count
+        told = (
+            f"held out of {total}, {parts.fit.count} to fit and {parts.choose.count} to choose"
+        )
+        self._choosing = dataclasses.replace(inputs, samples=parts.choose, part="to choose on")
+        self._judging = dataclasses.replace(
+            inputs, samples=parts.judge, part=f"{parts.judge.count} samples {told}"
+        )
+
+    def best(self, to_beat: float) -> Calibrated | str:
+        """The fastest proposal that passes, or why none does."""
+        families: dict[str, list[_Planned]] = {}
+        for generate in GENERATORS:
+            for proposal in generate(self._context):
+                planned = self._planned(proposal)
+                logger.info("%s: predicted %.2f of the time", proposal.name, planned.cost)
+                if planned.cost < to_beat:
+                    families.setdefault(proposal.family, []).append(planned)
+        for family in families.values():
+            family.sort(key=lambda planned: planned.cost)
+        best: Attempt | None = None
+        for family in sorted(families.values(), key=lambda family: family[0].cost):
+            found = self._strictest([p for p in family if p.cost < to_beat])
+            if found is not None:
+                best, to_beat = found, found.predicted_cost
+        if best is not None:
+            return Calibrated(best, self._judging)
+        if self._nearest is not None:
+            return f"calibrated: {self._nearest[1]}"
+        return "calibrated: the data lets nothing be removed that would pay"
+
+    def _strictest(self, family: Sequence[_Planned]) -> Attempt | None:
+        """The cheapest proposal of a family, sorted by cost, that passes on both parts."""
+        found: dict[int, Attempt | None] = {}
+        low, high = 0, len(family)
+        while low < high:
+            middle = (low + high) // 2
+            found[middle] = self._passing(family[middle], self._choosing)
+            if found[middle] is None:
+                low = middle + 1
+            else:
+                high = middle
+        for number in range(low, len(family)):
+            tried = found.get(number) or self._passing(family[number], self._choosing)
+            if tried is not None and self._inside(tried, self._judging):
+                return tried
+        return None
+
+    def _passing(self, planned: _Planned, inputs: Inputs) -> Attempt | None:
+        proposal = planned.proposal
+        tried = self._attempt(proposal, refitted(self._context, proposal))
+        if not tried.takes_apart:
+            return None
+        return tried if self._inside(tried, inputs) else None
+
+    def _inside(self, tried: Attempt, inputs: Inputs) -> bool:
+        claim = measure_annealing(
+            tried.study.source,
+            annealed_model(tried),
+            inputs=inputs,
+            provider=self._context.provider,
+            budget=self._options.budget,
+        )
+        logger.info(
+            "%s: %s %.3g on %s", tried.criterion.name, claim.measure, claim.error, claim.data
+        )
+        if not claim and (self._nearest is None or claim.error < self._nearest[0]):
+            self._nearest = claim.error, _told(tried, claim)
+        return bool(claim)
+
+    def _planned(self, proposal: Proposal) -> _Planned:
+        """As it would be without compensation: costs do not depend on it."""
+        study = self._context.study
+        bare: dict[str, Refit] = {}
+        for site in self._context.sites:
+            if site.name in proposal.masks:
+                start = proposal.starts.get(site.name, study.weight(site))
+                mask = proposal.masks[site.name]
+                kept = np.where(mask, start, np.zeros((), start.dtype))
+                bare[site.name] = Refit(kept, np.zeros(site.shape[1]))
+        return _Planned(proposal, self._attempt(proposal, bare).predicted_cost)
+
+    def _attempt(self, proposal: Proposal, refits: Mapping[str, Refit]) -> Attempt:
+        study = self._context.study
+        evidence = {
+            site.name: Evidence(
+                weight, weight, Zero(), "calibration" if name in refits else "zero"
+            )
+            for site in study.weights
+            for name in (site.name,)
+            for weight in (refits[name].weight if name in refits else study.weight(site),)
+        }
+        return attempt(
+            study,
+            evidence,
+            _Named(proposal.name),
+            cost=self._cost,
+            emit=self._options.emit,
+            rng=np.random.default_rng(self._options.seed),
+            refits=refits,
+        )
+
+
+def _told(tried: Attempt, claim: AnnealingClaim) -> str:
+    count = tried.substructures
+    what = f"{count} substructure{'' if count == 1 else 's'}"
+    return (
+        f"at {tried.criterion.name} ({what}, {tried.predicted_cost:.2f} of the time predicted) the {claim.measure} "
+        f"would be {claim.error:.2g} against a budget of {claim.budget:g} on {claim.data}"
+    )

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from onnx_decompose.analysis.gram import MomentAccumulator
+from onnx_decompose.analysis.refit import Observed, degrees_of_freedom, refit_weight
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from onnx_decompose.analysis.gram import Moments
+
+    Array = NDArray[Any]
+
+
+def moments(x: Array, z: Array) -> Moments:
+    adding = MomentAccumulator()
+    adding.update(x, z)
+    return adding.result()
+
+
+def observed(
+    fit: tuple[Array, Array], held_out: tuple[Array, Array], weight: Array
+) -> Observed:
+    return Observed(moments(*fit), moments(*held_out), (held_out[1] @ weight).var(axis=0))
+
+
+def two_views(rng: np.random.Generator, rows: int) -> Array:
+    """Six inputs; the last three are the first three, mixed."""
+    base = rng.normal(1.0, 1.0, (rows, 3))
+    return np.hstack([base, base @ np.array([[1.0, 2, 0], [0, 1, 1], [1, 0, 3]])])
+
+
+@pytest.fixture
+def weight(rng: np.random.Generator) -> Array:
+    return rng.normal(size=(6, 4))
+
+
+MASK = np.arange(6)[:, None] < np.array([3, 3, 6, 0])
+
+
+class TestRidge:
+    def test_what_is_kept_takes_over_what_it_can_express(
+        self, rng: np.random.Generator, weight: Array
+    ) -> None:
+        fit, held = two_views(rng, 200), two_views(rng, 50)
+        found = refit_weight(weight, weight, MASK, observed((fit, fit), (held, held), weight))
+        assert (found.weight[~MASK] == 0).all()
+        new = two_views(rng, 100)
+        np.testing.assert_allclose(
+            (new @ found.weight + found.added)[:, :3], (new @ weight)[:, :3], atol=1e-6
+        )
+        assert found.relative_error < 1e-6
+
+    def test_an_output_without_inputs_is_its_mean(
+        self, rng: np.random.Generator, weight: Array
+    ) -> None:
+        fit, held = two_views(rng, 200), two_views(rng, 50)
+        found = refit_weight(weight, weight, MASK, observed((fit, fit), (held, held), weight))
+        assert found.added[3] == pytest.approx((fit @ weight[:, 3]).mean())
+        assert np.isnan(found.error[3])
+
+    def test_inputs_that_were_changed_before_are_made_up_for(
+        self, rng: np.random.Generator, weight: Array
+    ) -> None:
+        mixing = rng.normal(size=(6, 6))
+        z, held = rng.normal(size=(300, 6)), rng.normal(size=(80, 6))
+        found = refit_weight(
+            weight,
+            weight,
+            np.ones_like(weight, dtype=bool),
+            observed((z @ mixing, z), (held @ mixing, held), weight),
+        )
+        np.testing.assert_allclose(found.weight, np.linalg.solve(mixing, weight), atol=1e-5)
+
+    def test_directions_without_data_keep_what_they_were(
+        self, rng: np.random.Generator, weight: Array
+    ) -> None:
+        """Two inputs that are constant in the data: nothing can be said of their weights."""
+        fit, held = rng.normal(size=(200, 6)), rng.normal(size=(50, 6))
+        fit[:, 4:] = held[:, 4:] = 2.0
+        mask = np.ones_like(weight, dtype=bool)
+        mask[0] = False
+        found = refit_weight(weight, weight, mask, observed((fit, fit), (held, held), weight))
+        np.testing.assert_allclose(found.weight[4:], weight[4:], atol=1e-9)
+
+    def test_held_out_rows_choose_the_strength(self, rng: np.random.Generator) -> None:
+        """As many inputs as rows, and outputs of noise: least squares would fit the noise."""
+        weight = np.eye(40)
+        start = np.zeros_like(weight)
+        x, held = rng.normal(size=(45, 40)), rng.normal(size=(4000, 40))
+        noise, noise_held = rng.normal(size=(45, 40)), rng.normal(size=(4000, 40))
+        found = refit_weight(
+            weight,
+            start,
+            np.ones_like(weight, dtype=bool),
+            observed((x, noise), (held, noise_held), weight),
+        )
+        assert found.ridges[0] >= 1
+        assert found.relative_error <= 1.01
+
+    @pytest.mark.parametrize("compensation", ["mean", "none"])
+    def test_weaker_compensations(
+        self, rng: np.random.Generator, weight: Array, compensation: Any
+    ) -> None:
+        fit, held = two_views(rng, 200), two_views(rng, 50)
+        seen = observed((fit, fit), (held, held), weight)
+        found = refit_weight(weight, weight, MASK, seen, compensation)
+        np.testing.assert_array_equal(found.weight, np.where(MASK, weight, 0))
+        lost = fit.mean(axis=0) @ np.where(MASK, 0, weight)
+        np.testing.assert_allclose(
+            found.added, lost if compensation == "mean" else 0, atol=1e-9
+        )
+        assert found.relative_error > 0.1
+
+
+def test_degrees_of_freedom_count_the_directions_that_vary() -> None:
+    assert degrees_of_freedom(np.diag([1.0, 2.0, 0.0, 1e-9]), 1e-3) == pytest.approx(
+        2, abs=0.01
+    )
+    assert degrees_of_freedom(np.zeros((3, 3)), 1e-3) == 0
