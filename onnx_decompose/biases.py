@@ -180,7 +180,7 @@ def _takes_bias(graph: onnx.GraphProto, site: Site, constants: Constants) -> boo
     if attribute_values(node).get("beta", 1.0) == 0:
         return False
     name = node.input[2] if len(node.input) > 2 else ""
-    return not name or _is_per_unit(constants, name, site.shape[1])
+    return not name or (name in constants and _is_per_unit(constants, name, site.shape[1]))
 
 
 def _steps(

@@ -136,6 +136,7 @@ class CalibrationContext:
             site
             for site in study.sites
             if {site.input, site.output} <= seen
+            and site.quantized is None  # a refit is a float
             and (broadcasts or places[site.name].inside or places[site.name].nodes)
         )
 

@@ -173,7 +173,11 @@ class _Probe:
     def feeds(self, rows: int, rng: np.random.Generator) -> Feeds:
         """An input for every copy that a model may have."""
         shape = [rows if size == "rows" else int(size) for size in self.shape]
-        return {f"x{n}": rng.standard_normal(shape).astype(self.dtype) for n in range(_COPIES)}
+        if np.issubdtype(self.dtype, np.integer):
+            values = [rng.integers(0, 127, shape, self.dtype) for _ in range(_COPIES)]
+        else:
+            values = [rng.standard_normal(shape).astype(self.dtype) for _ in range(_COPIES)]
+        return {f"x{n}": array for n, array in enumerate(values)}
 
     def _unknown(self, output: str) -> list[str]:
         """A shape of the input's rank, which every operator here keeps."""
@@ -192,6 +196,9 @@ class _Probe:
             source = f"y{copy - 1}" if self.chained and copy else f"x{copy}"
             nodes.append(self.node(source, f"y{copy}", names))
         results = nodes[-1:] if self.chained else nodes
+        # Products of integers are summed up in 32 bits.
+        is_integer = np.issubdtype(self.dtype, np.integer)
+        made = onnx.TensorProto.INT32 if is_integer else element
         graph = helper.make_graph(
             nodes,
             "probe",
@@ -200,7 +207,7 @@ class _Probe:
                 for n in range(_COPIES)
             ],
             [
-                helper.make_tensor_value_info(name, element, self._unknown(name))
+                helper.make_tensor_value_info(name, made, self._unknown(name))
                 for node in results
                 for name in node.output
             ],
@@ -218,6 +225,9 @@ def _probes(provider: Provider) -> Iterator[_Probe]:
     for dtype in (single, half) if provider is Provider.CUDA else (single,):
         for inputs, outputs in ((64, 64), (256, 256), (large, large), (large, 4 * large)):
             yield _matmul(inputs, outputs, dtype)
+    if provider is Provider.CPU:
+        for inputs, outputs in ((256, 256), (large, large), (large, 4 * large)):
+            yield _integer_matmul(inputs, outputs)
     for count, size in ((4, 64), (8, 128), (32, 32), (4, large // 2)):
         yield _batched(count, size)
         yield _grouped(count, size)
@@ -239,6 +249,17 @@ def _matmul(inputs: int, outputs: int, dtype: np.dtype[Any]) -> _Probe:
         lambda x, y, names: helper.make_node("MatMul", [x, *names], [y]),
         _weight(inputs, outputs),
         dtype=dtype,
+    )
+
+
+def _integer_matmul(inputs: int, outputs: int) -> _Probe:
+    return _Probe(
+        "matmul",
+        (inputs, outputs),
+        ("rows", inputs),
+        lambda x, y, names: helper.make_node("MatMulInteger", [x, *names], [y]),
+        lambda rng, _dtype: [rng.integers(-127, 128, (inputs, outputs), np.int8)],
+        dtype=np.dtype(np.uint8),
     )
 
 

@@ -82,7 +82,8 @@ class Case:
 def open_model(model: Model, provider: Provider, *, fast: bool = False) -> Session:
     """A session on a model whose external data, if any, lies beside its file.
 
-    Unless it is to be ``fast``, as for timing, the weights of a model with external data stay in their file, mapped.
+    Unless it is to be ``fast``, as for timing, the weights of a model with external data stay in their file, mapped,
+    and activations are not rounded to fewer bits than the model has.
 
     A model that is too large to be serialized (rewritten weights of one with external data) is handed over without
     its weights, and these by reference.
@@ -96,7 +97,9 @@ def open_model(model: Model, provider: Provider, *, fast: bool = False) -> Sessi
     return open_session(
         proto.SerializeToString(),
         provider,
-        SessionSettings(prepack=fast or next(external_tensors(proto), None) is None),
+        SessionSettings(
+            prepack=fast or next(external_tensors(proto), None) is None, rounds=fast
+        ),
         label=model.label,
         data_folder=model.folder,
         weights=weights,

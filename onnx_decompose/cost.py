@@ -28,6 +28,7 @@ class CostModel:
         kernel: seconds to start one operator.
         flop_rate: floating point operations of a matrix product.
         half_flop_rate: the same in float16 and bfloat16.
+        integer_flop_rate: the same of integers of 8 bits.
         byte_rate: bytes that a matrix product reads and writes.
         block: seconds that every block of a batched product or a grouped convolution takes on top.
         batched_flop_rate: floating point operations of a batched product.
@@ -46,6 +47,7 @@ class CostModel:
     kernel: float
     flop_rate: float
     half_flop_rate: float
+    integer_flop_rate: float
     byte_rate: float
     block: float
     batched_flop_rate: float
@@ -114,8 +116,9 @@ class CostModel:
     ) -> Units:
         """Seconds of the arithmetic or of the traffic, whichever takes longer; ``shape`` is (blocks, K, N)."""
         count, inputs, outputs = shape
-        if itemsize == 2:
-            flop_rate *= self.half_flop_rate / self.flop_rate
+        if itemsize < 4:
+            rate = self.half_flop_rate if itemsize == 2 else self.integer_flop_rate
+            flop_rate *= rate / self.flop_rate
         flops = 2 * count * rows * inputs * outputs
         moved = itemsize * count * (inputs * outputs + rows * (inputs + outputs))
         return cast("Units", np.maximum(flops / flop_rate, moved / self.byte_rate))
@@ -125,6 +128,7 @@ CPU = CostModel(
     kernel=2.5e-6,
     flop_rate=1.5e11,
     half_flop_rate=1.5e11,
+    integer_flop_rate=6e11,
     byte_rate=3e10,
     block=2e-7,
     batched_flop_rate=1.2e11,
@@ -142,6 +146,7 @@ CUDA = CostModel(
     kernel=6e-6,
     flop_rate=3e13,
     half_flop_rate=3e14,
+    integer_flop_rate=6e14,
     byte_rate=1.5e12,
     block=1e-8,
     batched_flop_rate=3e13,

@@ -29,6 +29,7 @@ from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.plan import RegionPlan, plan_region, plan_shared
 from onnx_decompose.refits import weight_of
 from onnx_decompose.renumbering import choose_numbering
+from onnx_decompose.sites import stored_nothing
 from onnx_decompose.study import state_graph, study_model
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Attempt:
         return 1.0 - sum(size * (1.0 - cost) for size, cost in parts) / max(whole, 1)
 
     def weight(self, site: Site) -> NDArray[Any]:
-        """The weight that entries are removed from, (K, N): refitted, or the original's."""
+        """The stored entries that some are removed from, (K, N): refitted, or the original's."""
         return weight_of(self.study, site, self.refits)
 
     @property
@@ -158,7 +159,11 @@ class Attempt:
 
         def annealed(site: Site) -> NDArray[Any]:
             region, plan, number = position[site.name]
-            kept = anneal(self.weight(site), _filled(region, plan, number))
+            kept = anneal(
+                self.weight(site),
+                _filled(region, plan, number),
+                stored_nothing(site, self.study.constants),
+            )
             if plan.decision == "shared":
                 kept = unify(kept, self.selections[site.name].shared)
             return places[site.name].scaled(kept) if scaled else kept
@@ -279,6 +284,8 @@ def _plan(
     if len(region.sites) != 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
         return plan
     site, mask = region.sites[0], plan.masks[0]
+    if site.quantized is not None:
+        return plan
     weight = unify(anneal(weight_of(study, site, refits), mask), selections[site.name].shared)
     copies = find_copies(weight)
     return plan if copies is None else plan_shared(graph, plan, copies, cost, emit)
@@ -289,7 +296,7 @@ def annealed_model(tried: Attempt) -> Model:
     changed = {
         site: weight
         for site, weight in tried.annealed()
-        if not np.array_equal(weight, tried.study.weight(site))
+        if not np.array_equal(weight, tried.study.stored(site))
     }
     replacing = ReplaceWeights(changed, tried.biases(), tried.absorbing)
     annealed = tried.recurrent.annealed(replacing(tried.study.model).model)
@@ -330,7 +337,11 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         site.name: SiteBlocks(
             site=site.name,
             shape=site.shape,
-            annealing=_annealing(tried.study.weight(site), kept(site)),
+            annealing=_annealing(
+                tried.study.stored(site),
+                kept(site),
+                stored_nothing(site, tried.study.constants),
+            ),
             sha256=digest(scaled(site)),
             blocks=rewriting.record[site.name],
             bias=folded_biases.get(site.name),
@@ -344,7 +355,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
             site=site.name,
             shape=site.shape,
             annealing="exact",
-            sha256=digest(tried.study.weight(site)),
+            sha256=digest(tried.study.stored(site)),
             blocks=rewriting.record[site.name],
         )
         for site in tried.study.sites
@@ -420,7 +431,8 @@ def _absorbable(tried: Attempt) -> dict[str, int]:
     study = tried.study
     graph, constants = study.model.proto.graph, study.constants
     regions = [region for region, plan in tried.rewrites if plan.decision != "shared"]
-    sites = [site for region in regions for site in region.sites]
+    # A scale cannot go into integers.
+    sites = [s for region in regions for s in region.sites if s.quantized is None]
     nodes = {index for region in regions for index in region.nodes}
     counts = absorbable(graph, sites, constants, nodes)
     places = find_biases(graph, sites, constants, counts)
@@ -440,8 +452,8 @@ def _masks(region: Region, selections: Mapping[str, Selection]) -> dict[str, NDA
     return {site.name: selections[site.name].mask for site in region.sites}
 
 
-def _annealing(before: NDArray[Any], after: NDArray[Any]) -> Annealing:
+def _annealing(before: NDArray[Any], after: NDArray[Any], nothing: NDArray[Any]) -> Annealing:
     changed = before != after
     if not changed.any():
         return "exact"
-    return "refitted" if after[changed].any() else "masked"
+    return "refitted" if (changed & (after != nothing)).any() else "masked"

@@ -77,6 +77,8 @@ def fold_region(
         masks: the supported entries of every site by name.
         refits: weights that stand in the place of the original's, by site name; what they add is part of ``added``.
     """
+    if any(site.quantized is not None for site in region.sites):
+        return None  # what is folded is a float, and integers are rounded on the way
     walk = _Walk(study, region, masks, refits or {})
     for index in region.nodes:
         walk.step(index)
@@ -193,6 +195,8 @@ class _Walk:
 
 def _stays_float(node: onnx.NodeProto) -> bool:
     """Integers follow other rules (they truncate); nothing is claimed of them."""
+    if node.op_type in {"DequantizeLinear", "QuantizeLinear"}:
+        return False
     return node.op_type != "Cast" or attribute_values(node).get("to") in _FLOAT_TYPES
 
 

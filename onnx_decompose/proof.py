@@ -27,7 +27,7 @@ from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.splice import ORIGIN_KEY
 from onnx_decompose.rearranged import Rearranged
 from onnx_decompose.recurrent import RecurrentWeight, find_recurrent
-from onnx_decompose.sites import Site, find_sites, site_weight
+from onnx_decompose.sites import Site, find_sites, stored_nothing, stored_weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,14 +70,16 @@ def prove_structure(
                 f"{list(blocks.shape)}; give the model that was rewritten"
             )
         weight = (
-            site.array if isinstance(site, RecurrentWeight) else site_weight(site, constants)
+            site.array if isinstance(site, RecurrentWeight) else stored_weight(site, constants)
         )
         before = places[name].scaled(weight) if isinstance(site, Site) else weight
         rest = np.zeros_like(before)
+        if isinstance(site, Site):
+            rest += stored_nothing(site, constants)
         reason, rebuilt = _rebuild(rewritten, stored, blocks.blocks, rest, used)
         if rebuilt is None:
             return f"site '{name}': {reason}", weights, biases
-        fault = fault or reason or _compare_weights(blocks, before, rebuilt)
+        fault = fault or reason or _compare_weights(blocks, before, rebuilt, rest)
         if blocks.absorbed is not None or not np.array_equal(rebuilt, weight):
             weights[site] = rebuilt
         if blocks.bias is None or isinstance(site, RecurrentWeight):
@@ -192,13 +194,14 @@ def _foreign_entries(
 
 
 def _compare_weights(
-    blocks: SiteBlocks, before: NDArray[Any], rebuilt: NDArray[Any]
+    blocks: SiteBlocks, before: NDArray[Any], rebuilt: NDArray[Any], nothing: NDArray[Any]
 ) -> str | None:
+    """What is wrong with a weight; ``nothing``, (K, N), is stored where there is no dependency."""
     if digest(rebuilt) != blocks.sha256:
         return f"site '{blocks.site}': the weight rebuilt from its blocks is not the annealed weight"
     if blocks.annealing == "refitted":
         return None
-    foreign = (rebuilt != before) & (rebuilt != 0)
+    foreign = (rebuilt != before) & (rebuilt != nothing)
     if foreign.any():
         return (
             f"site '{blocks.site}': entry {_first(foreign)} is neither the original's nor zero"

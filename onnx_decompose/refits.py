@@ -31,6 +31,6 @@ class Refit:
 
 
 def weight_of(study: Study, site: Site, refits: Mapping[str, Refit]) -> NDArray[Any]:
-    """The weight of ``site``, (K, N): refitted, or the original's."""
+    """The stored entries of ``site``, (K, N): refitted, or the original's."""
     refit = refits.get(site.name)
-    return study.weight(site) if refit is None else refit.weight
+    return study.stored(site) if refit is None else refit.weight

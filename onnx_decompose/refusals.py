@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from onnx_decompose.quantized import INTEGER_PRODUCTS, weight_position
 from onnx_decompose.renames import all_nodes, function_key
 from onnx_decompose.sites import Refusal, attribute_values, is_standard, node_names
 
@@ -20,11 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["find_refusals", "holds_weights"]
 
-_PRODUCTS = {"MatMul", "Gemm"}
+_PRODUCTS = {"MatMul", "Gemm"} | INTEGER_PRODUCTS
 _CONVOLUTIONS = {"Conv", "ConvTranspose"}
 _RECURRENT = {"GRU", "LSTM", "RNN"}
 _QUANTIZED = {
-    *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
+    *("ConvInteger", "QLinearConv"),
     *("DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulBnb4", "MatMulFpQ4"),
     *(
         "MatMulInteger16",
@@ -104,7 +105,9 @@ def _reason(
 ) -> str | None:
     """Why ``node`` is left alone; None where it holds no weight, or others decide."""
     if is_standard(node) and node.op_type in _PRODUCTS | _RECURRENT:
-        return next((hidden[name] for name in node.input[1:2] if name in hidden), None)
+        position = weight_position(node.op_type)
+        weight = node.input[position : position + 1]
+        return next((hidden[name] for name in weight if name in hidden), None)
     if not known.intersection(node.input):
         return None
     if node.op_type in _QUANTIZED:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from onnx_decompose.analysis.anneal import anneal
 from onnx_decompose.bench import BenchSettings, bench_candidates, timing_feeds
 from onnx_decompose.cases import open_model
 from onnx_decompose.errors import DecomposeError
@@ -92,7 +91,7 @@ class RegionBench:
         """The region as the plan has it, its border's free spaces renumbered as they would be in the model."""
         numbering = choose_numbering(self._study.spaces, ((region, plan),))
         weights = {
-            site.name: anneal(self._study.weight(site), mask)
+            site.name: self._study.annealed(site, mask)
             for site, mask in zip(region.sites, plan.masks, strict=True)
         }
         write = RewriteRegions(

@@ -41,7 +41,8 @@ class RegionModels:
             ModelError: the type of such a value is not known.
         """
         proto = self._study.model.proto
-        nodes = [proto.graph.node[index] for index in region.nodes]
+        indices = self._with_weights(region)
+        nodes = [proto.graph.node[index] for index in indices]
         made = {name for node in nodes for name in node.output}
         read = list(dict.fromkeys(name for node in nodes for name in node.input if name))
         constants = self._study.constants
@@ -64,7 +65,16 @@ class RegionModels:
             functions=proto.functions,
             graph=graph,
         )
-        return Model(small, None), _relocated(region)
+        return Model(small, None), _relocated(region, indices)
+
+    def _with_weights(self, region: Region) -> list[int]:
+        """The region's nodes, and those that make weights of integers."""
+        weights = {
+            name for site in region.sites if site.quantized for name in site.quantized.made
+        }
+        graph = self._study.model.proto.graph
+        making = {i for i, node in enumerate(graph.node) if not weights.isdisjoint(node.output)}
+        return sorted(making.union(region.nodes))
 
     def _value(self, name: str, region: Region) -> onnx.ValueInfoProto:
         """A declaration of ``name``; a value of unknown rank is taken to be (batch, units)."""
@@ -84,11 +94,11 @@ class RegionModels:
         return helper.make_tensor_value_info(name, element, shape)
 
 
-def _relocated(region: Region) -> Region:
-    """The same region with its nodes counted from 0."""
-    place = {index: number for number, index in enumerate(region.nodes)}
+def _relocated(region: Region, indices: Sequence[int]) -> Region:
+    """The same region in a graph of the nodes ``indices``."""
+    place = {index: number for number, index in enumerate(indices)}
     return dataclasses.replace(
         region,
-        nodes=tuple(range(len(region.nodes))),
+        nodes=tuple(place[index] for index in region.nodes),
         sites=tuple(dataclasses.replace(site, node=place[site.node]) for site in region.sites),
     )

@@ -30,13 +30,14 @@ __all__ = [
     "value_readers",
 ]
 
+_QUANTIZERS = {"DequantizeLinear", "QuantizeLinear"}
 _ELEMENTWISE = {
     *("Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Round"),
     *("Sign", "Sin", "Sqrt", "Cast", "Clip", "Dropout", "Identity"),
     *("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum"),
     *("Celu", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu"),
     *("Relu", "Selu", "Shrink", "Sigmoid", "Softplus", "Softsign", "Swish", "Tanh"),
-    "ThresholdedRelu",
+    *("DequantizeLinear", "QuantizeLinear", "ThresholdedRelu"),
 }
 
 
@@ -89,12 +90,16 @@ def find_regions(
     """
     site_at = {site.node: site for site in sites}
     elementwise = elementwise_values(graph, sites, constants, shapes)
+    readers = value_readers(graph)
     members = _trimmed(graph, site_at, elementwise, constants)
+    members |= _borders(graph, members, elementwise, readers)
     axes = DisjointSets()
     for index in members - site_at.keys():
         first, *others = elementwise[index]
         for other in others:
             axes.join(first, other)
+    for site in sites:
+        axes.join(site.output, site.bias or site.output)
     parts = DisjointSets()
     for site in sites:
         parts.join(axes.find(site.input), axes.find(site.output))
@@ -102,7 +107,6 @@ def find_regions(
     for index in sorted(members):
         value = graph.node[index].output[0]
         grouped.setdefault(parts.find(axes.find(value)), []).append(index)
-    readers = value_readers(graph)
     return tuple(
         _region(graph, nodes, site_at, elementwise, axes, readers) for nodes in grouped.values()
     )
@@ -120,12 +124,17 @@ def single_site_regions(
     readers = value_readers(graph)
     regions: list[Region] = []
     for site in sites:
-        nodes = [site.node]
-        axes = DisjointSets()
+        nodes = {site.node}
         for index in readers.get(site.output, ()):
             if index in elementwise and _adds_constant(graph.node[index], constants):
-                nodes.append(index)
-                axes.join(site.output, graph.node[index].output[0])
+                nodes.add(index)
+        nodes |= _borders(graph, nodes, elementwise, readers)
+        axes = DisjointSets()
+        axes.join(site.output, site.bias or site.output)
+        for index in nodes - {site.node}:
+            first, *others = elementwise[index]
+            for other in others:
+                axes.join(first, other)
         regions.append(_region(graph, sorted(nodes), site_at, elementwise, axes, readers))
     return tuple(regions)
 
@@ -138,10 +147,15 @@ def elementwise_values(
 ) -> dict[int, tuple[str, ...]]:
     """Index of each elementwise node -> the values that share its unit axis, its output first."""
     units = _unit_sizes(graph, sites, constants, shapes)
+    ranks = {name: len(shape) for name, shape in shapes.items()}
+    # What makes the weight of a site has the units of two axes.
+    weights = {name for site in sites if site.quantized for name in site.quantized.made}
     return {
         index: values
         for index, node in enumerate(graph.node)
-        if (values := _joined_values(node, units, constants)) is not None
+        if weights.isdisjoint(node.output)
+        and _is_per_unit(node, ranks, constants)
+        and (values := _joined_values(node, units, constants)) is not None
     }
 
 
@@ -180,8 +194,69 @@ def _is_elementwise(node: onnx.NodeProto) -> bool:
         # Dropout does nothing, unless it is told that this is training.
         and not (node.op_type == "Dropout" and len(node.input) > 2)
         # Operator sets under 7 had broadcasting rules of their own.
-        and not {"axis", "broadcast"}.intersection(attribute_values(node))
+        and (
+            node.op_type in _QUANTIZERS
+            or not {"axis", "broadcast"}.intersection(attribute_values(node))
+        )
     )
+
+
+def _is_per_unit(node: onnx.NodeProto, ranks: Mapping[str, int], constants: Constants) -> bool:
+    """Whether a quantizer has one scale for the whole tensor, or one for each unit; true of any other node."""
+    if node.op_type not in _QUANTIZERS:
+        return True
+    scale = node.input[1]
+    if scale not in constants:
+        return ranks.get(scale) == 0
+    shape = constants[scale].shape
+    if all(size == 1 for size in shape):
+        return True
+    rank = ranks.get(node.input[0])
+    axis = attribute_values(node).get("axis", 1)
+    return len(shape) == 1 and (axis == -1 or rank == axis + 1)
+
+
+def _borders(
+    graph: onnx.GraphProto,
+    members: set[int],
+    elementwise: Mapping[int, tuple[str, ...]],
+    readers: Mapping[str, set[int]],
+) -> set[int]:
+    """Nodes at a region's borders that belong inside.
+
+    A value is cut and joined as the integers that it is quantized to: they are smaller, and a runtime sees the product
+    between its quantizers that it takes as one. So does a bias that is made of integers.
+    """
+    found: set[int] = set()
+    for index in members:
+        found.update(_up_to_quantizer(graph, index, elementwise, readers))
+    found -= members
+    for index in range(len(graph.node) - 1, -1, -1):
+        if index not in elementwise or index in members:
+            continue
+        node = graph.node[index]
+        if node.op_type == "DequantizeLinear":
+            if readers.get(node.output[0], {-1}) <= members | found:
+                found.add(index)
+    return found
+
+
+def _up_to_quantizer(
+    graph: onnx.GraphProto,
+    index: int,
+    elementwise: Mapping[int, tuple[str, ...]],
+    readers: Mapping[str, set[int]],
+) -> set[int]:
+    """The nodes after node ``index``, each all that reads the one before it, up to one that quantizes."""
+    passed: set[int] = set()
+    while True:
+        (after, *others) = readers.get(graph.node[index].output[0], {-1})
+        if others or len(elementwise.get(after, ())) != 2:
+            return set()
+        passed.add(after)
+        if graph.node[after].op_type == "QuantizeLinear":
+            return passed
+        index = after
 
 
 def _constant_units(constants: Constants, name: str) -> int | None:
@@ -214,7 +289,8 @@ def _joined_values(
             joined.append(name)
         elif units.get(name) != 1:
             return None
-    return tuple(joined) if len(joined) > 1 else None
+    # A line of stored integers makes one of floats: a bias, say.
+    return tuple(joined) if len(joined) > 1 or node.op_type == "DequantizeLinear" else None
 
 
 def _trimmed(
@@ -275,6 +351,11 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
                 yield value.name
 
 
+def _site_values(site: Site) -> tuple[str, ...]:
+    """The values of a site that have units."""
+    return (site.output, site.input, *((site.bias,) if site.bias else ()))
+
+
 def _region(
     graph: onnx.GraphProto,
     nodes: Sequence[int],
@@ -285,9 +366,7 @@ def _region(
 ) -> Region:
     sites = tuple(site_at[index] for index in nodes if index in site_at)
     joined = {
-        index: elementwise[index]
-        if index in elementwise
-        else (site_at[index].output, site_at[index].input)
+        index: elementwise[index] if index in elementwise else _site_values(site_at[index])
         for index in nodes
     }
     sizes: dict[str, int] = {}

@@ -11,6 +11,16 @@ import numpy as np
 import onnx
 
 from onnx_decompose.errors import ModelError
+from onnx_decompose.quantized import (
+    INTEGER_PRODUCTS,
+    Quantized,
+    dequantized,
+    find_quantized,
+    integers,
+    is_integer_line,
+    nothing,
+    weight_position,
+)
 from onnx_decompose.tensors import FLOAT_TYPES
 
 if TYPE_CHECKING:
@@ -33,27 +43,32 @@ __all__ = [
     "is_standard",
     "node_names",
     "site_weight",
+    "stored_nothing",
+    "stored_weight",
 ]
 
 OVERRIDABLE = "the weight is also a graph input, so it can be overridden at run time"
 
 _ROWS_AT_A_TIME = 4096
+_PRODUCTS = {"MatMul", "Gemm"} | INTEGER_PRODUCTS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Site:
-    """A MatMul or Gemm with a constant weight.
+    """A product with a constant weight.
 
     Attributes:
         name: unique in the model: the node's name, or else its output's.
         node: index of the node in the graph.
-        op_type: ``MatMul`` or ``Gemm``.
+        op_type: ``MatMul``, ``Gemm``, ``MatMulInteger`` or ``QLinearMatMul``.
         input: the value read; its last axis is the K inputs.
         output: the value made; its last axis is the N outputs.
         weight: the constant that the node reads.
         tensor: the stored tensor behind it (an initializer's name, or a Constant node's output).
         transposed: the stored tensor is (N, K).
         shape: (K, N).
+        quantized: how the weight is made of integers; None where it is stored as floats.
+        bias: what a Gemm adds, where that is made of integers too: it has the N outputs.
     """
 
     name: str
@@ -65,6 +80,8 @@ class Site:
     tensor: str
     transposed: bool
     shape: tuple[int, int]
+    quantized: Quantized | None = None
+    bias: str = ""
 
     @property
     def size(self) -> int:
@@ -88,15 +105,16 @@ def find_sites(
     sites: list[Site] = []
     refusals: list[Refusal] = []
     names = node_names(model.proto.graph)
+    makers = {name: node for node in model.proto.graph.node for name in node.output}
     for index, node in enumerate(model.proto.graph.node):
-        if not is_standard(node) or node.op_type not in {"MatMul", "Gemm"}:
+        if not is_standard(node) or node.op_type not in _PRODUCTS:
             continue
         if len(node.input) < 2:
             raise ModelError(
                 f"{model.label}: node '{names[index]}' ({node.op_type}) has {len(node.input)} inputs, "
                 "not 2; export the model again"
             )
-        first, second = node.input[:2]
+        first, second = _operands(node)
         if (
             not any(
                 name in known
@@ -106,21 +124,41 @@ def find_sites(
             and second not in constants.overridable
         ):
             continue
-        reason = next(_objections(node, constants), None)
+        quantized = None
+        if node.op_type in INTEGER_PRODUCTS or second in constants.computed:
+            quantized = find_quantized(node, makers, constants)
+        reason = next(_objections(node, quantized, makers, constants), None)
         if reason is None:
-            sites.append(_site(index, node, names[index], constants))
+            assert not isinstance(quantized, str)
+            sites.append(_site(index, node, names[index], quantized, constants))
         else:
             refusals.append(Refusal(names[index], node.op_type, reason))
     return tuple(sites), tuple(refusals)
 
 
 def site_weight(site: Site, constants: Constants) -> NDArray[Any]:
-    """The weight of ``site``, (K, N): a view of the stored tensor."""
+    """The weight of ``site``, (K, N): a view of the stored tensor, or the floats that its integers stand for."""
+    if site.quantized is not None:
+        return dequantized(site.quantized, constants)
+    return stored_weight(site, constants)
+
+
+def stored_weight(site: Site, constants: Constants) -> NDArray[Any]:
+    """The entries that are stored for the weight of ``site``, (K, N): a view of the stored tensor."""
+    if site.quantized is not None:
+        return integers(site.quantized, constants)
     weight = constants.array(site.weight)
     if site.transposed != constants[site.weight].transposed:
         weight = weight.T
     assert weight.shape == site.shape
     return weight
+
+
+def stored_nothing(site: Site, constants: Constants) -> NDArray[Any]:
+    """What is stored where there is no dependency, of the stored type, as what broadcasts to (K, N)."""
+    if site.quantized is not None:
+        return nothing(site.quantized, constants)
+    return np.zeros((1, 1), constants.array(site.weight).dtype)
 
 
 def check_finite(model: Model, sites: Iterable[Site], constants: Constants) -> None:
@@ -130,15 +168,23 @@ def check_finite(model: Model, sites: Iterable[Site], constants: Constants) -> N
         ModelError: naming the tensor.
     """
     for site in {site.tensor: site for site in sites}.values():
+        for name, stored in _floats(site, constants):
+            for start in range(0, stored.shape[0], _ROWS_AT_A_TIME):
+                if not np.isfinite(stored[start : start + _ROWS_AT_A_TIME]).all():
+                    raise ModelError(
+                        f"{model.label}: tensor '{name}' of node '{site.name}' holds NaN or infinite weights; "
+                        "train or export the model again"
+                    )
+
+
+def _floats(site: Site, constants: Constants) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The stored floats behind a weight by name; row blocks of them are contiguous."""
+    if site.quantized is None:
         weight = site_weight(site, constants)
-        # Row blocks of the stored layout are contiguous.
-        stored = weight.T if site.transposed else weight
-        for start in range(0, stored.shape[0], _ROWS_AT_A_TIME):
-            if not np.isfinite(stored[start : start + _ROWS_AT_A_TIME]).all():
-                raise ModelError(
-                    f"{model.label}: tensor '{site.tensor}' of node '{site.name}' holds NaN or infinite weights; "
-                    "train or export the model again"
-                )
+        yield site.tensor, weight.T if site.transposed else weight
+        return
+    for factor, _ in site.quantized.factors:
+        yield factor.name, np.atleast_1d(constants.array(factor.name))
 
 
 def computed_reason(behind: Iterable[str]) -> str:
@@ -170,23 +216,39 @@ def node_names(graph: onnx.GraphProto) -> list[str]:
     ]
 
 
-def _objections(node: onnx.NodeProto, constants: Constants) -> Iterator[str]:
-    """Why a MatMul or Gemm that reads a constant is not a site; the first reason is the plainest."""
-    first, second = node.input[:2]
+def _operands(node: onnx.NodeProto) -> tuple[str, str]:
+    """What a product multiplies: its input, and its weight."""
+    position = weight_position(node.op_type)
+    return node.input[0], node.input[position] if len(node.input) > position else ""
+
+
+def _objections(
+    node: onnx.NodeProto,
+    quantized: Quantized | str | None,
+    makers: Mapping[str, onnx.NodeProto],
+    constants: Constants,
+) -> Iterator[str]:
+    """Why a product that reads a constant is not a site; the first reason is the plainest."""
+    first, second = _operands(node)
     if second in constants.overridable:
         yield OVERRIDABLE
-    if second in constants.computed:
-        yield computed_reason(constants.computed[second])
-    if second not in constants:
-        yield "the constant is on the left side"
-        return
-    yield from _weight_objections(constants[second])
+    if isinstance(quantized, str):
+        yield quantized
+    if quantized is None:
+        if second in constants.computed:
+            yield computed_reason(constants.computed[second])
+        if second not in constants:
+            yield "the constant is on the left side"
+            return
+        yield from _weight_objections(constants[second])
     if first in constants or first in constants.computed:
         yield "both sides are constant"
     if node.op_type == "Gemm":
         if attribute_values(node).get("transA", 0):
             yield "transA is set: the units are on the batch axis"
-        if any(name and name not in constants for name in node.input[2:]):
+        bias = node.input[2] if len(node.input) > 2 else ""
+        made = quantized is not None and is_integer_line(bias, makers, constants)
+        if bias and bias not in constants and not made:
             yield "the bias is not a constant"
 
 
@@ -200,18 +262,35 @@ def _weight_objections(weight: Constant) -> Iterator[str]:
         yield "the weight is empty"
 
 
-def _site(index: int, node: onnx.NodeProto, name: str, constants: Constants) -> Site:
-    constant = constants[node.input[1]]
+def _site(
+    index: int,
+    node: onnx.NodeProto,
+    name: str,
+    quantized: Quantized | None,
+    constants: Constants,
+) -> Site:
+    weight = _operands(node)[1]
     flipped = node.op_type == "Gemm" and bool(attribute_values(node).get("transB", 0))
-    inputs, outputs = constant.shape[::-1] if flipped else constant.shape
+    if quantized is None:
+        constant = constants[weight]
+        inputs, outputs = constant.shape[::-1] if flipped else constant.shape
+    else:
+        constant, (inputs, outputs) = constants[quantized.codes.name], quantized.shape
+        flipped = quantized.codes.rows == -1
     return Site(
         name=name,
         node=index,
         op_type=node.op_type,
         input=node.input[0],
         output=node.output[0],
-        weight=node.input[1],
+        weight=weight,
         tensor=constant.source,
         transposed=constant.transposed != flipped,
         shape=(inputs, outputs),
+        quantized=quantized,
+        bias=next((bias for bias in node.input[2:3] if _is_made(bias, node, constants)), ""),
     )
+
+
+def _is_made(bias: str, node: onnx.NodeProto, constants: Constants) -> bool:
+    return bool(bias) and node.op_type == "Gemm" and bias not in constants

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from onnx_decompose.analysis.anneal import anneal
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.constants import Constants
 from onnx_decompose.flat import Flat, flatten
@@ -16,7 +17,15 @@ from onnx_decompose.recurrent import (
 from onnx_decompose.refusals import find_refusals
 from onnx_decompose.regions import Region, find_regions, single_site_regions
 from onnx_decompose.shapes import Dim, infer_shapes, opset_of
-from onnx_decompose.sites import Refusal, Site, check_finite, find_sites, site_weight
+from onnx_decompose.sites import (
+    Refusal,
+    Site,
+    check_finite,
+    find_sites,
+    site_weight,
+    stored_nothing,
+    stored_weight,
+)
 from onnx_decompose.state_graph import StateGraph
 from onnx_decompose.unit_layouts import fused_nodes, stack_form
 from onnx_decompose.unit_spaces import UnitSpace, find_unit_spaces
@@ -83,10 +92,27 @@ class Study:
         )
 
     def weight(self, site: Site | RecurrentWeight) -> NDArray[Any]:
-        """The weight of a site, (K, N)."""
+        """The weight of a site, (K, N), as floats."""
         if isinstance(site, RecurrentWeight):
             return site.array
         return site_weight(site, self.constants)
+
+    def stored(self, site: Site) -> NDArray[Any]:
+        """The entries that are stored for the weight of a site, (K, N)."""
+        return stored_weight(site, self.constants)
+
+    def annealed(self, site: Site, mask: NDArray[np.bool_]) -> NDArray[Any]:
+        """The stored entries of a site, (K, N), without those that ``mask`` does not support."""
+        return anneal(self.stored(site), mask, stored_nothing(site, self.constants))
+
+    def itemsize(self, site: Site) -> int:
+        """Bytes per element of the product that a site is at run time.
+
+        A runtime multiplies integers where the input was dequantized too, and floats where only the weight was.
+        """
+        if site.quantized is None:
+            return self.constants.array(site.weight).itemsize
+        return self.stored(site).itemsize if site.quantized.meets_integers else 4
 
     def parts(self, region: Region) -> tuple[Region, ...]:
         """The sites of a region as regions of their own, where that is possible; none for a region of one site."""
@@ -179,7 +205,7 @@ def state_graph(
         ),
         entries=tuple(region.axis_of[name] for name in region.entries),
         exits=tuple(region.axis_of[name] for name in region.exits),
-        itemsize=study.weight(region.sites[0]).itemsize,
+        itemsize=max(study.itemsize(site) for site in region.sites),
         free=frozenset(
             region.axis_of[name] for name in (*region.entries, *region.exits) if name in free
         ),

@@ -129,6 +129,9 @@ class _Survey:
                 yield from self._operand_objections(node, name)
 
     def _site_objections(self, site: Site, node: onnx.NodeProto) -> Iterator[str]:
+        if site.quantized is not None:
+            yield f"the weight of '{site.name}' is quantized"
+            return
         factors = attribute_values(node)
         if factors.get("alpha", 1.0) != 1.0 or factors.get("beta", 1.0) != 1.0:
             yield f"'{site.name}' has a factor alpha or beta"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
     from onnx_decompose.constants import Constants
+    from onnx_decompose.quantized import Quantized
     from onnx_decompose.shapes import Dim
     from onnx_decompose.sites import Site
 
@@ -81,8 +82,9 @@ def find_unit_spaces(
     pinned: set[str] = {value.name for value in (*graph.input, *graph.output)}
     users: dict[str, list[UnitConstant]] = {}
     sizes: dict[str, int] = {}
+    weights = {name for site in sites if site.quantized for name in site.quantized.made}
     for index, node in enumerate(graph.node):
-        if node.output and node.output[0] in constants:
+        if node.output and (node.output[0] in constants or node.output[0] in weights):
             continue  # a constant, in whatever form
         roles = survey.roles(index, node)
         named = {name for role in roles for name in role.values}
@@ -93,7 +95,7 @@ def find_unit_spaces(
                 spaces.join(first, other)
             users.setdefault(first, []).extend(role.constants)
             sizes[first] = role.size
-            pinned.update(role.values if survey.shared(node, role.constants) else ())
+            pinned.update(role.values if survey.shared(role.constants) else ())
     return tuple(_assemble(spaces, pinned, users, sizes))
 
 
@@ -137,6 +139,8 @@ class _Survey:
         constants: Constants,
         shapes: Mapping[str, tuple[Dim, ...]],
     ) -> None:
+        self._graph = graph
+        self._makers = {n: index for index, node in enumerate(graph.node) for n in node.output}
         self._sites = {site.node: site for site in sites}
         self._constants = constants
         self._shapes = shapes
@@ -168,12 +172,13 @@ class _Survey:
             return ()
         return handler(index, node)
 
-    def shared(self, node: onnx.NodeProto, constants: Iterable[UnitConstant]) -> bool:
+    def shared(self, constants: Iterable[UnitConstant]) -> bool:
         """Whether one of ``constants`` is a matrix that others read too: it stays shared, in its order."""
         for use in constants:
-            constant = self._constants[node.input[use.input]]
+            name = self._graph.node[use.node].input[use.input]
+            constant = self._constants[name]
             readers = max(
-                self._readers.get(node.input[use.input], 0),
+                self._readers.get(name, 0),
                 self._readers.get(constant.source, 0),
             )
             if len(constant.shape) > 1 and readers > 1:
@@ -181,6 +186,8 @@ class _Survey:
         return False
 
     def _site(self, site: Site, node: onnx.NodeProto) -> tuple[_Role, ...]:
+        if site.quantized is not None:
+            return self._quantized_site(site, site.quantized)
         flipped = bool(attribute_values(node).get("transB", 0))
         bias = (
             [UnitConstant(site.node, 2, -1)]
@@ -198,6 +205,21 @@ class _Survey:
                 (site.output,),
                 (UnitConstant(site.node, 1, -2 if flipped else -1), *bias),
             ),
+        )
+
+    def _quantized_site(self, site: Site, quantized: Quantized) -> tuple[_Role, ...]:
+        if any(self._readers.get(name, 0) > 1 for name in quantized.made):
+            return ()  # others read the same weight
+        uses: tuple[list[UnitConstant], list[UnitConstant]] = ([], [])
+        for operand in quantized.operands:
+            index = self._makers[operand.maker] if operand.maker else site.node
+            for found, axis in zip(uses, (operand.rows, operand.columns), strict=True):
+                if axis is not None:
+                    found.append(UnitConstant(index, operand.position, axis))
+        bias = (site.bias,) if site.bias else ()
+        return (
+            _Role(site.shape[0], (site.input,), tuple(uses[0])),
+            _Role(site.shape[1], (site.output, *bias), tuple(uses[1])),
         )
 
     def _is_per_unit(self, node: onnx.NodeProto, position: int, size: int) -> bool:

@@ -15,9 +15,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_decompose.borders import gathered_order, layout_of
-from onnx_decompose.metadata import Block
+from onnx_decompose.passes.site_weights import SiteWeights
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.sites import attribute_values
 from onnx_decompose.state_graph import Branch
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.constants import Constants
+    from onnx_decompose.metadata import Block
     from onnx_decompose.passes.tensor_ops import TensorOps, Value
     from onnx_decompose.plan import RegionPlan
     from onnx_decompose.regions import Region
@@ -82,6 +82,7 @@ class BranchEmitter:
         self._weights = weights
         self._constants = constants
         self._ops = ops
+        self._writer = SiteWeights(graph, constants, ops)
         self._local: dict[str, list[Value]] = {}
         self._blocks: dict[str, tuple[Block, ...]] = {}
 
@@ -203,21 +204,26 @@ class BranchEmitter:
 
     def _site(self, site: Site, node: onnx.NodeProto) -> None:
         weight = self._weights[site.name]
-        flipped = bool(attribute_values(node).get("transB", 0))
         blocks: list[Block] = []
-        sources = self._local[site.input]
         for number, output in enumerate(self._outputs(site.output)):
-            rows, columns = self._units(site.input, number), self._units(site.output, number)
-            block = weight[np.ix_(rows, columns)]
-            tensor = self._ops.fresh.constant(
-                f"{site.tensor}.block{number}", block.T if flipped else block
-            )
-            blocks.append(Block(rows, columns, tensor.name, flipped))
-            inputs = [sources[number], tensor]
-            if len(node.input) > 2 and node.input[2]:
-                inputs.append(self._sliced_constant(node.input[2], site.output, number))
+            units = self._units(site.input, number), self._units(site.output, number)
+            part = weight[np.ix_(*units)]
+            read, block = self._writer.operands(site, part, units, f"block{number}")
+            blocks.append(block)
+            inputs = [
+                read[position] if position in read else self._site_operand(site, name, number)
+                for position, name in enumerate(node.input)
+            ]
             self._copy(node, inputs, output, site.node, number)
         self._blocks[site.name] = tuple(blocks)
+
+    def _site_operand(self, site: Site, name: str, number: int) -> Value:
+        """What a site reads besides its weight, in one branch."""
+        if name in self._region.axis_of:
+            return self._local[name][number]
+        if site.op_type == "Gemm" and name:
+            return self._sliced_constant(name, site.output, number)
+        return gs.Variable(name)
 
     def _elementwise(self, node: onnx.NodeProto, index: int) -> None:
         for number, output in enumerate(self._outputs(node.output[0])):

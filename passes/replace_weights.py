@@ -12,6 +12,7 @@ from onnx_decompose.constants import Constants
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult
 from onnx_decompose.passes.splice import Fresh, constant_nodes, with_nodes
+from onnx_decompose.quantized import weight_position
 from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class ReplaceWeights(GraphPass):
     """Give some sites a new dense weight or bias, and leave every other reader of the old tensors alone.
 
     Attributes:
-        weights: site -> its new weight, (K, N), of the old one's type.
+        weights: site -> what is stored for its new weight, (K, N), of the old one's type.
         biases: site -> its new bias, (N,), of the weight's type, stored where ``biases.find_biases`` says; where
             that is nowhere, an Add takes over the site's output.
         absorbed: site -> how many of the nodes after it (``biases.absorbable``) its new weight and bias stand for.
@@ -57,9 +58,7 @@ class ReplaceWeights(GraphPass):
             return PassResult(model, modified=False)
         edit = _Edit(model.proto.graph)
         for site, weight in self.weights.items():
-            flipped = bool(attribute_values(edit.nodes[site.node]).get("transB", 0))
-            tensor = edit.constant(f"{site.tensor}.annealed", weight.T if flipped else weight)
-            edit.own(site.node).input[1] = tensor
+            edit.weight(site, weight)
         places = self._places(model)
         for site in dict.fromkeys((*self.biases, *self.absorbed)):
             bias = places[site.name]
@@ -87,7 +86,9 @@ class _Edit:
         self.nodes: list[onnx.NodeProto] = list(graph.node)
         self.tensors: dict[str, gs.Constant] = {}
         self._owned: set[int] = set()
+        self._before: dict[int, list[onnx.NodeProto]] = {}
         self._after: dict[int, onnx.NodeProto] = {}
+        self._makers = {name: node for node in graph.node for name in node.output}
         self._gone: set[int] = set()
         self._fresh = Fresh(graph)
 
@@ -105,6 +106,29 @@ class _Edit:
             self.nodes[index] = copy
             self._owned.add(index)
         return self.nodes[index]
+
+    def weight(self, site: Site, weight: NDArray[Any]) -> None:
+        """Let a site have another weight, stored as the old one is."""
+        if site.quantized is None:
+            flipped = bool(attribute_values(self.nodes[site.node]).get("transB", 0))
+            tensor = self.constant(f"{site.tensor}.annealed", weight.T if flipped else weight)
+            self.own(site.node).input[weight_position(site.op_type)] = tensor
+            return
+        codes = site.quantized.codes
+        tensor = self.constant(f"{site.tensor}.annealed", codes.stored(weight, 2))
+        renamed: dict[str, str] = {}
+        for name in site.quantized.made:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(self._makers[name])
+            copy.input[:] = [renamed.get(operand, operand) for operand in copy.input]
+            if name == codes.maker:
+                copy.input[codes.position] = tensor
+            renamed[name] = self._fresh.name(f"{name}.annealed")
+            copy.output[0] = renamed[name]
+            copy.name = self._fresh.name(f"{copy.name or name}.annealed")
+            self._before.setdefault(site.node, []).append(copy)
+        read = renamed[site.weight] if renamed else tensor
+        self.own(site.node).input[weight_position(site.op_type)] = read
 
     def affine(self, site: Site, bias: Bias, tensor: str | None) -> str:
         """Let the constant ``tensor`` (None: nothing) take the place of a site's bias and the nodes that make it.
@@ -137,6 +161,7 @@ class _Edit:
         """All nodes that are left, the new ones in their places."""
         result: list[onnx.NodeProto] = []
         for index, node in enumerate(self.nodes):
+            result.extend(self._before.get(index, ()))
             if index not in self._gone:
                 result.append(node)
             if index in self._after:

@@ -93,7 +93,15 @@ class RewriteRegions(GraphPass):
             self.record.update(emitter.emit())
         self.constants.update({name: tuple(parts) for name, parts in ops.constants.items()})
         removed = {index for region, _ in self.plans for index in region.nodes}
-        around = renumber(graph, constants, self.orders, ops.fresh, inside=removed)
+        made = {
+            name
+            for region, _ in self.plans
+            for site in region.sites
+            if site.quantized is not None
+            for name in site.quantized.made
+        }
+        inside = {i for i, node in enumerate(graph.node) if not made.isdisjoint(node.output)}
+        around = renumber(graph, constants, self.orders, ops.fresh, inside=removed | inside)
         self.record.update(around.blocks)
         self.reordered.update(around.reordered)
         proto = splice(

@@ -162,9 +162,24 @@ def with_nodes(
 
 def constant_nodes(graph: onnx.GraphProto) -> set[int]:
     """Indices of the nodes that may go when nothing reads them any more."""
+    constants = _constant_values(graph)
     return {
-        index for index, node in enumerate(graph.node) if node.op_type in _CONSTANT_PRODUCERS
+        index
+        for index, node in enumerate(graph.node)
+        if node.op_type in _CONSTANT_PRODUCERS or constants.issuperset(node.output)
     }
+
+
+def _constant_values(graph: onnx.GraphProto) -> set[str]:
+    """What is stored, and what nodes make of that alone."""
+    stored = {tensor.name for tensor in graph.initializer}
+    stored -= {value.name for value in graph.input}
+    for node in graph.node:
+        if node.op_type == "Constant" or (
+            node.input and stored.issuperset(filter(None, _names_read([node])))
+        ):
+            stored.update(node.output)
+    return stored
 
 
 def _export(item: Placed) -> onnx.NodeProto:
@@ -192,12 +207,14 @@ def _without_unread(
     """``nodes`` without constant nodes that only the nodes of ``graph`` read, and all values that only those read."""
     outputs = {value.name for value in graph.output}
     before = _names_read(graph.node) | outputs
+    constants = _constant_values(graph)
     while True:
         unread = before - _names_read(nodes) - outputs
         kept = [
             node
             for node in nodes
-            if node.op_type not in _CONSTANT_PRODUCERS or not unread.issuperset(node.output)
+            if not (node.op_type in _CONSTANT_PRODUCERS or constants.issuperset(node.output))
+            or not unread.issuperset(node.output)
         ]
         if len(kept) == len(nodes):
             return kept, unread

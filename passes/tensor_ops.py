@@ -33,7 +33,7 @@ class TensorOps:
         self.fresh = fresh
         self.placed: list[Placed] = []
         self.constants: dict[str, list[Block]] = {}
-        self._noted: set[tuple[str, str, int | None, bytes]] = set()
+        self._noted: set[tuple[str, str, int | None, bytes, bytes]] = set()
 
     def axis(self, value: str) -> int:
         """The last axis of ``value`` as an attribute; negative axes came with operator set 11."""
@@ -78,11 +78,15 @@ class TensorOps:
             transposed: the units are the first of the tensor's axes that are not 1.
             places: fields of the block.
         """
-        key = (constant, stored, places.get("part"), units.tobytes())
+        self.note_block(constant, Block(np.arange(rows), units, stored, transposed, **places))
+
+    def note_block(self, constant: str, block: Block) -> None:
+        """Write down where a part of a constant lies now, rows taken before its last axis; see :meth:`note`."""
+        units = block.rows.tobytes(), block.columns.tobytes()
+        key = (constant, block.initializer, block.part, *units)
         if key in self._noted:
             return
         self._noted.add(key)
-        block = Block(np.arange(rows), units, stored, transposed, **places)
         self.constants.setdefault(constant, []).append(block)
 
     def split(

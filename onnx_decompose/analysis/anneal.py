@@ -16,17 +16,20 @@ if TYPE_CHECKING:
 __all__ = ["anneal", "fill", "unify"]
 
 
-def anneal(weight: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
+def anneal(
+    weight: NDArray[Any], mask: NDArray[np.bool_], nothing: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """The dense weight with unsupported entries removed.
 
     Args:
         weight: (K, N).
         mask: (K, N) bool, True where an entry is supported.
+        nothing: what stands for no dependency, of the weight's type, broadcast to (K, N); zero by default.
 
     Returns:
-        (K, N), of the weight's type: the entry where it is supported, exactly zero elsewhere.
+        (K, N), of the weight's type: the entry where it is supported, exactly ``nothing`` elsewhere.
     """
-    return np.where(mask, weight, np.zeros((), weight.dtype))
+    return np.where(mask, weight, np.zeros((), weight.dtype) if nothing is None else nothing)
 
 
 def fill(

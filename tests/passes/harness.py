@@ -146,7 +146,7 @@ def passes_for(
     chosen = [(region, plan) for region, plan in plans if plan.decision != "dense"]
     numbering = choose_numbering(study.spaces, chosen)
     weights: dict[Site, Array] = {
-        site: anneal(study.weight(site), mask)
+        site: study.annealed(site, mask)
         for region, plan in chosen
         for site, mask in zip(region.sites, plan.masks, strict=True)
     }

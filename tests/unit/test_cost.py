@@ -9,6 +9,7 @@ UNIT = CostModel(
     kernel=1.0,
     flop_rate=2.0,
     half_flop_rate=6.0,
+    integer_flop_rate=16.0,
     byte_rate=4.0,
     block=0.5,
     batched_flop_rate=5.0,
@@ -31,6 +32,10 @@ def test_a_product_is_bound_by_flops_or_by_bytes() -> None:
 def test_half_precision_has_a_rate_of_its_own() -> None:
     assert UNIT.matmul(100, 10, 10, 2) == pytest.approx(1 + 20_000 / 6)
     assert UNIT.batched_matmul(100, 3, 10, 10, 2) == pytest.approx(2.5 + 60_000 / 15)
+
+
+def test_integers_have_a_rate_of_their_own() -> None:
+    assert UNIT.matmul(100, 10, 10, 1) == pytest.approx(1 + 20_000 / 16)
 
 
 def test_products_of_blocks_start_once_and_pay_for_every_block() -> None:
