@@ -14,6 +14,7 @@ from onnx_decompose.analysis.record import Prior
 from onnx_decompose.errors import ModelError, OptionError
 from onnx_decompose.priors import prior_for, read_records, read_second_moments, read_snapshot
 from onnx_decompose.recurrent import RecurrentWeight
+from onnx_decompose.sites import Site
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.record import InitRecord
     from onnx_decompose.model_io import Model
     from onnx_decompose.options import Options
-    from onnx_decompose.sites import Site
     from onnx_decompose.study import Study
 
     FloatArray = NDArray[np.floating[Any]]
 
 logger = logging.getLogger(__name__)
+
+_SCALE_FREE = {"zero", "auto", "empirical"}
+"""Nulls that do not depend on the unit of a weight: that of a MatMulInteger is known after the product alone."""
 
 __all__ = ["gather_all", "read_null_config"]
 
@@ -55,6 +58,10 @@ def gather_all(study: Study, options: Options, null: str | None = None) -> dict[
     evidence: dict[str, Evidence] = {}
     for site in study.weights:
         source = _configured(site, configured) or asked
+        stepwise = isinstance(site, Site) and site.op_type == "MatMulInteger"
+        if stepwise and source.spec not in _SCALE_FREE:
+            logger.info("%s: %s says nothing of integers: null zero", site.name, source.spec)
+            source = _Source("zero")
         if isinstance(site, RecurrentWeight):
             prior, channels = _recurrent_prior(site, source.spec), site.gates
         else:

@@ -14,6 +14,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from onnx_decompose.analysis.anneal import anneal
+from onnx_decompose.constants import Constants
 from onnx_decompose.copies import find_copies
 from onnx_decompose.cost import CPU, CostModel
 from onnx_decompose.model_io import Model, load_model, read_tensor
@@ -21,6 +22,7 @@ from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.plan import plan_region, plan_shared
 from onnx_decompose.renumbering import choose_numbering
+from onnx_decompose.sites import stored_nothing
 from onnx_decompose.study import state_graph, study_model
 
 if TYPE_CHECKING:
@@ -182,8 +184,9 @@ def check_record(result: Rewritten, weights: Mapping[Site, Array]) -> None:
     """The blocks are the annealed weight, bit for bit."""
     stored = {tensor.name: tensor for tensor in result.proto.graph.initializer}
     model = Model(result.proto)
+    constants = Constants(Model(result.original))
     for site, weight in weights.items():
-        rebuilt = np.zeros_like(weight)
+        rebuilt = np.zeros_like(weight) + stored_nothing(site, constants)
         for block in result.record[site.name]:
             values = read_tensor(model, stored[block.initializer])
             rebuilt[np.ix_(block.rows, block.columns)] = block.read(values)

@@ -40,21 +40,6 @@ def graph(body: str, tensors: str = MATRIX, head: str = "float[B, 2] x") -> str:
 @pytest.mark.parametrize(
     ("body", "tensors", "reason"),
     [
-        (
-            "d = DequantizeLinear(q, s, z) y = MatMul(x, d)",
-            BYTES,
-            f"{COMPUTED} (INT8, DequantizeLinear)",
-        ),
-        (
-            "d = DequantizeLinear <axis = 1> (q, c) y = Gemm(x, d)",
-            f"{BYTES}, float[2] c = {{1, 2}}",
-            f"{COMPUTED} (INT8, DequantizeLinear)",
-        ),
-        (
-            "f = Cast <to = 1> (q) d = Mul(f, s) y = MatMul(x, d)",
-            BYTES,
-            f"{COMPUTED} (INT8, Cast, Mul)",
-        ),
         ("d = Neg(w) y = MatMul(x, d)", MATRIX, f"{COMPUTED} (Neg)"),
         ("t = Transpose(d) y = MatMul(x, t) d = Neg(w)", MATRIX, None),
         (
@@ -63,16 +48,59 @@ def graph(body: str, tensors: str = MATRIX, head: str = "float[B, 2] x") -> str:
             f"{COMPUTED} (INT64, ConstantOfShape)",
         ),
         (
-            "a, b, c = DynamicQuantizeLinear(x) i = MatMulInteger(a, q, c) y = Cast <to = 1> (i)",
-            BYTES,
-            QUANTIZED,
+            "d = DequantizeLinear <axis = 0, block_size = 1> (q, c, k) y = MatMul(x, d)",
+            f"{BYTES}, float[2, 2] c = {{1, 2, 3, 4}}, int8[2, 2] k = {{0, 0, 0, 0}}",
+            "the weight is quantized in blocks: its scales are no lines of it",
         ),
         (
-            "a = QuantizeLinear(x, s, z) b = QLinearMatMul(a, s, z, q, s, z, s, z) y = Cast <to = 1> (b)",
+            "d = DequantizeLinear(q, s) y = MatMul(x, d)",
+            "int4[2, 2] q = {1, 0, 0, 1}, float s = {0.5}",
+            "the weight is stored as INT4, several numbers to a byte",
+        ),
+        (
+            "f = Cast <to = 1> (q) c = Sub(f, h) d = Mul(c, s) y = MatMul(x, d)",
+            f"{BYTES}, float h = {{0.5}}",
+            "the weight's zero point is not one of the numbers that are stored",
+        ),
+        (
+            "f = Cast <to = 1> (q) d = Add(f, s) y = MatMul(x, d)",
+            BYTES,
+            f"{COMPUTED} (INT8, Cast, Add)",
+        ),
+        (
+            "m = Mul(s, v) d = DequantizeLinear(q, m, z) y = MatMul(x, d)",
+            f"{BYTES}, float v = {{2}}",
+            f"{COMPUTED} (INT8, Mul, DequantizeLinear)",
+        ),
+        (
+            "a, b, c = DynamicQuantizeLinear(x) i = MatMulInteger(q, a, z, c) y = Cast <to = 1> (i)",
+            BYTES,
+            "the constant is on the left side",
+        ),
+        (
+            "a, b, c = DynamicQuantizeLinear(x) i = MatMulInteger(a, q, c, c) y = Cast <to = 1> (i)",
+            BYTES,
+            "the weight's scale or zero point 'c' is not a constant",
+        ),
+        (
+            "a = QuantizeLinear(x, s, z) b = QLinearMatMul(a, s, z, q, s, z, c, z) y = Cast <to = 1> (b)",
+            f"{BYTES}, float[2] c = {{1, 2}}",
+            "'c' is not one number for the whole tensor",
+        ),
+        (
+            "a = QuantizeLinear(x, s, z) b = ConvInteger(a, q, z) y = Cast <to = 1> (b)",
             BYTES,
             QUANTIZED,
         ),
-        ("y = com.microsoft.MatMulNBits(x, q, s)", BYTES, QUANTIZED),
+        *(
+            (f"y = com.microsoft.{op}(x, q, s)", BYTES, QUANTIZED)
+            for op in (
+                *("DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulBnb4", "MatMulFpQ4"),
+                *("MatMulInteger16", "MatMulIntegerToFloat", "MatMulNBits", "QAttention"),
+                *("QEmbedLayerNormalization", "QGemm", "QMoE", "QOrderedAttention"),
+                "QOrderedMatMul",
+            )
+        ),
         ("y = com.microsoft.FusedMatMul(x, w)", MATRIX, FUSED),
         ("y = com.microsoft.FusedGemm(x, w)", MATRIX, FUSED),
         ("y = com.microsoft.Attention(x, w)", MATRIX, FUSED),
