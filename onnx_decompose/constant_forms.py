@@ -1,4 +1,4 @@
-"""What operators make of a stored constant without computing: other names, shapes, orders of axes, float types."""
+"""What operators make of a stored constant without computing: names, shapes, orders of axes, parts, float types."""
 
 from __future__ import annotations
 
@@ -117,6 +117,36 @@ def _reshape(node: onnx.NodeProto, source: Constant, integers: Integers) -> Cons
     return _reshaped(source, sizes)
 
 
+def _slice(node: onnx.NodeProto, source: Constant, integers: Integers) -> Constant | None:
+    starts, ends = integers(1, "starts"), integers(2, "ends")
+    given = [integers(3, "axes"), integers(4, "steps")]
+    told = [len(node.input) > position and bool(node.input[position]) for position in (3, 4)]
+    if not starts or not ends or any(t and g is None for t, g in zip(told, given, strict=True)):
+        return None
+    axes = given[0] or list(range(len(starts)))
+    steps = given[1] or [1 for _ in starts]
+    rank = len(source.shape)
+    if not len(starts) == len(ends) == len(axes) == len(steps) or not all(
+        -rank <= axis < rank for axis in axes
+    ):
+        return None
+    if any(
+        step < 1 for step in steps
+    ):  # an end before the first entry has no spelling in Python
+        return None
+    places = [slice(None)] * rank
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        places[axis] = slice(start, end, step)
+    where = tuple(places)
+    shape = tuple(
+        len(range(*place.indices(size)))
+        for place, size in zip(where, source.shape, strict=True)
+    )
+    return dataclasses.replace(
+        source, shape=shape, steps=(*source.steps, lambda values: values[where])
+    )
+
+
 def _squeeze(node: onnx.NodeProto, source: Constant, integers: Integers) -> Constant | None:
     axes = integers(1, "axes")
     if axes is None and any(node.input[1:]):
@@ -171,6 +201,7 @@ _MAKERS: Mapping[str, Callable[[onnx.NodeProto, Constant, Integers], Constant | 
     "Transpose": _transpose,
     "Cast": _cast,
     "Reshape": _reshape,
+    "Slice": _slice,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
 }

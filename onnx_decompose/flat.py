@@ -20,8 +20,10 @@ import logging
 from typing import TYPE_CHECKING
 
 import onnx
+from onnx import helper
 
 from onnx_decompose.constants import Constants
+from onnx_decompose.lowering import Lowering
 from onnx_decompose.model_io import Model
 from onnx_decompose.refusals import holds_weights
 from onnx_decompose.renames import (
@@ -90,6 +92,51 @@ class Flat:
 
 
 def flatten(model: Model) -> Flat:
+    """``model`` with everything open that holds weights inside, and products in other forms as products x @ W."""
+    return _lowered(_opened(model))
+
+
+def _lowered(flat: Flat) -> Flat:
+    """The same with the nodes of products in other forms in place of these."""
+    graph = flat.model.proto.graph
+    lowering = Lowering(flat.model)
+    nodes: list[onnx.NodeProto] = []
+    opened = list(flat.opened)
+    made = set(defined_names(graph))
+    for node, name in zip(graph.node, node_names(graph), strict=True):
+        group = lowering.nodes(node, name)
+        new = {value for one in group for value in one.output}.difference(node.output)
+        if not group or not made.isdisjoint(new):
+            nodes.append(node)
+            continue
+        begin, end = _marks(len(opened))
+        opened.append(Opened(node, None, name, {}, {}))
+        nodes += [begin, *group, end]
+    if len(opened) == len(flat.opened):
+        return flat
+    proto = onnx.ModelProto()
+    proto.CopyFrom(flat.model.proto)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    model = Model(proto, flat.model.path)
+    return Flat(model, flat.source, flat.hidden, tuple(opened))
+
+
+def _marks(number: int) -> list[onnx.NodeProto]:
+    """The two markers of a segment."""
+    return [
+        helper.make_node(
+            "Constant",
+            [],
+            [f"{kind}{number}"],
+            f"{kind}{number}",
+            value=helper.make_tensor("", onnx.TensorProto.INT64, [], [number]),
+        )
+        for kind in (_BEGIN, _END)
+    ]
+
+
+def _opened(model: Model) -> Flat:
     """``model`` with everything open that holds weights inside."""
     functions = _functions(model.proto)
     if not any(_opens(node, functions) for node in model.proto.graph.node):
@@ -302,12 +349,12 @@ class _Flattener:
                     inner.values[value.name],
                     with_known[value.name].type if value.name in with_known else value.type,
                 )
-            self._mark(_BEGIN, len(self._opened))
-            number = len(self._opened)
+            begin, end = _marks(len(self._opened))
+            self._nodes.append(begin)
             names = {flat: name for name, flat in inner.values.items()}
             self._opened.append(Opened(closed, attribute, inner.label, names, inner.nodes))
             self._add_graph(graph, twin, inner)
-            self._mark(_END, number)
+            self._nodes.append(end)
             self._say(graph, inner)
             names.update(inner.captured)
             stand_in.input.extend(
@@ -390,11 +437,11 @@ class _Flattener:
         graph = onnx.GraphProto(node=function.node)
         for node in graph.node:
             _give_attributes(node, given)
-        number = len(self._opened)
-        self._mark(_BEGIN, number)
+        begin, end = _marks(len(self._opened))
+        self._nodes.append(begin)
         self._opened.append(Opened(call, None, scope.label, {}, {}))
         self._add_graph(graph, graph, scope)
-        self._mark(_END, number)
+        self._nodes.append(end)
 
     # Marks
 
@@ -403,11 +450,6 @@ class _Flattener:
             wanted += "'"
         self._labels.add(wanted)
         return wanted
-
-    def _mark(self, kind: str, number: int) -> None:
-        name = f"{kind}{number}"
-        value = onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [], [number])
-        self._nodes.append(onnx.helper.make_node("Constant", [], [name], name, value=value))
 
 
 def _domain(name: str) -> str:

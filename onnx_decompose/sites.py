@@ -167,7 +167,7 @@ def check_finite(model: Model, sites: Iterable[Site], constants: Constants) -> N
     Raises:
         ModelError: naming the tensor.
     """
-    for site in {site.tensor: site for site in sites}.values():
+    for site in {(site.tensor, site.weight): site for site in sites}.values():
         for name, stored in _floats(site, constants):
             for start in range(0, stored.shape[0], _ROWS_AT_A_TIME):
                 if not np.isfinite(stored[start : start + _ROWS_AT_A_TIME]).all():
@@ -238,7 +238,9 @@ def _objections(
         if second in constants.computed:
             yield computed_reason(constants.computed[second])
         if second not in constants:
-            yield "the constant is on the left side"
+            if first in constants:
+                yield from _weight_objections(constants[first])
+            yield "the constant is on the left side, and the rank of the other one is not known"
             return
         yield from _weight_objections(constants[second])
     if first in constants or first in constants.computed:

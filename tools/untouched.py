@@ -9,7 +9,7 @@ from onnx_decompose.metadata import read_decomposition
 from onnx_decompose.model_io import external_bytes, load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     import onnx
@@ -45,7 +45,8 @@ def untouched_faults(original: Path, rewritten: Path) -> list[str]:
     """Everything that the rewrite had no business to change and changed; empty if all is as it was.
 
     A node that is gone must be the origin of a new one, be a bias or scale right behind such a node, have made
-    constants that nothing reads any more, or be a call of a function with the origin of a new node inside. A node may
+    constants that nothing reads any more, be a call of a function with the origin of a new node inside, or a product in
+    another form with new nodes named after it (``name//``). A node may
     read what the metadata says is its own constant with the units in another order. A tensor that is gone must have no
     reader, and a function no call. All others must be equal, byte for byte, with their external data; bodies of nodes
     are compared as the main graph is.
@@ -55,6 +56,7 @@ def untouched_faults(original: Path, rewritten: Path) -> list[str]:
         frozenset(_reordered(after)),
         frozenset(_origins(after.proto.graph)),
         frozenset((f.domain, f.name) for f in before.proto.functions),
+        frozenset(_opened(after.proto.graph)),
     )
     return [
         *_model_faults(before.proto, after.proto),
@@ -72,18 +74,20 @@ class _Rewritten:
         reordered: tensors that stand for one tensor of the original, with its units in another order.
         origins: the nodes that new ones stand for.
         functions: domain and name of the original's own.
+        opened: the products that new nodes are named after.
     """
 
     reordered: frozenset[str]
     origins: frozenset[str]
     functions: frozenset[tuple[str, str]]
+    opened: frozenset[str]
 
     def replaces(self, node: onnx.NodeProto) -> bool:
         """Whether new nodes stand for ``node``, or for some inside the function that it calls."""
         names = {node.name, *node.output} - {""}
         # What is inside a body or a function is named by where it is.
         paths = {origin[start:] for origin in self.origins for start in _starts(origin)}
-        if names & paths:
+        if names & paths or names & self.opened:
             return True
         return (node.domain, node.op_type) in self.functions and any(
             path.startswith(f"{name}/") for path in paths for name in names
@@ -102,6 +106,14 @@ def _origins(graph: onnx.GraphProto) -> Iterator[str]:
         yield from (entry.value for entry in node.metadata_props if entry.key == _ORIGIN)
         for inner in _bodies(node):
             yield from _origins(inner)
+
+
+def _opened(graph: onnx.GraphProto) -> Iterator[str]:
+    for node in graph.node:
+        if "//" in node.name:
+            yield node.name.rpartition("//")[0]
+        for inner in _bodies(node):
+            yield from _opened(inner)
 
 
 def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -216,11 +228,13 @@ def _bare(node: onnx.NodeProto) -> Any:
 
 
 def _reads_reordered(
-    node: onnx.NodeProto, other: onnx.NodeProto | None, reordered: Collection[str]
+    node: onnx.NodeProto, other: onnx.NodeProto | None, reordered: frozenset[str]
 ) -> bool:
-    """Whether ``other`` is ``node`` in everything but constants in another order."""
+    """Whether ``other`` is ``node``, or the product that it comes to, in everything but constants in another order."""
     if other is None or len(other.input) != len(node.input):
         return False
+    if node.op_type == "Einsum":
+        return other.op_type == "MatMul" and not reordered.isdisjoint(other.input)
     restored = type(node)()
     restored.CopyFrom(other)
     for position, name in enumerate(other.input):

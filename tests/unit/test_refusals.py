@@ -106,9 +106,9 @@ def graph(body: str, tensors: str = MATRIX, head: str = "float[B, 2] x") -> str:
         ("y = com.microsoft.Attention(x, w)", MATRIX, FUSED),
         ("y = com.microsoft.MultiHeadAttention(x, x, x, w)", MATRIX, FUSED),
         (
-            'y = Einsum <equation = "bi,ij->bj"> (x, w)',
+            'y = Einsum <equation = "bi,ij->bji"> (x, w)',
             MATRIX,
-            "Einsum (bi,ij->bj) is not taken apart; export it as a MatMul",
+            "Einsum (bi,ij->bji) is not taken apart; export it as a MatMul",
         ),
         (
             "y = Conv <kernel_shape = [3]> (x, k)",

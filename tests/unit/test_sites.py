@@ -111,7 +111,7 @@ def test_other_floats(dtype: Any) -> None:
         (
             INITIALIZER + "{ y = MatMul(w, x) }",
             "float[3, 3] x",
-            "the constant is on the left side",
+            "the constant is on the left side, and the rank of the other one is not known",
         ),
         (
             "<float[1, 2, 3] w = {0, 1, 2, 3, 4, 5}> { y = MatMul(x, w) }",
