@@ -235,14 +235,7 @@ def _objections(
     if isinstance(quantized, str):
         yield quantized
     if quantized is None:
-        if second in constants.computed:
-            yield computed_reason(constants.computed[second])
-        if second not in constants:
-            if first in constants:
-                yield from _weight_objections(constants[first])
-            yield "the constant is on the left side, and the rank of the other one is not known"
-            return
-        yield from _weight_objections(constants[second])
+        yield from _float_objections(node, first, second, constants)
     if first in constants or first in constants.computed:
         yield "both sides are constant"
     if node.op_type == "Gemm":
@@ -252,6 +245,21 @@ def _objections(
         made = quantized is not None and is_integer_line(bias, makers, constants)
         if bias and bias not in constants and not made:
             yield "the bias is not a constant"
+
+
+def _float_objections(
+    node: onnx.NodeProto, first: str, second: str, constants: Constants
+) -> Iterator[str]:
+    """Why neither operand is a weight of floats where it should be."""
+    if second in constants.computed:
+        yield computed_reason(constants.computed[second])
+    side = second if second in constants else first
+    if side == first and node.op_type in INTEGER_PRODUCTS:
+        yield "the constant is on the left side"
+    if side in constants:
+        yield from _weight_objections(constants[side])
+    if side == first:
+        yield "the constant is on the left side, and the rank of the other one is not known"
 
 
 def _weight_objections(weight: Constant) -> Iterator[str]:
