@@ -1,6 +1,6 @@
 """What follows a site and is affine per unit: where its bias lives, and the scales that can go into its weight.
 
-Gemm                    its third input
+Gemm, Conv              its third input
 MatMul, then Add        the constant that the Add, the only reader of the product, adds to each unit
 anything else           an Add that is not there yet
 ... then Mul, Add, ...  per-unit constants, absorbed into weight and bias where that is asked for
@@ -150,7 +150,7 @@ def _bias(
     scale, shift = np.ones(units), np.zeros(units)
     inside = _takes_bias(graph, site, constants)
     name, axes = None, 0
-    if site.op_type == "Gemm" and not inside:
+    if site.op_type != "MatMul" and not inside:
         return Bias((), False, alpha, 1.0, scale, shift, None, 0)
     beta = attributes.get("beta", 1.0) if inside else 1.0
     if inside and len(node.input) > 2 and node.input[2]:
@@ -173,14 +173,14 @@ def _bias(
 
 
 def _takes_bias(graph: onnx.GraphProto, site: Site, constants: Constants) -> bool:
-    """Whether a site is a Gemm whose third input is a bias of its units alone, or could be."""
-    if site.op_type != "Gemm":
+    """Whether a site's third input is a bias of its units alone, or could be."""
+    if site.op_type == "MatMul":
         return False
     node = graph.node[site.node]
     if attribute_values(node).get("beta", 1.0) == 0:
         return False
     name = node.input[2] if len(node.input) > 2 else ""
-    return not name or (name in constants and _is_per_unit(constants, name, site.shape[1]))
+    return not name or (name in constants and _is_per_unit(constants, name, site.shape[1], -1))
 
 
 def _steps(
@@ -203,12 +203,14 @@ def _steps(
         names = [
             name
             for name in node.input
-            if name in constants and _is_per_unit(constants, name, site.shape[1])
+            if name in constants
+            and _is_per_unit(constants, name, site.shape[1], site.unit_axis)
         ]
         if len(names) != 1 or attribute_values(node):
             return
-        if site.op_type == "Gemm" and len(constants[names[0]].shape) > 2:
-            return  # the result has more axes than a Gemm makes
+        axes = {"Gemm": 2, "Conv": 2 + len(site.kernel)}.get(site.op_type)
+        if axes is not None and len(constants[names[0]].shape) > axes:
+            return  # the result has more axes than the site makes
         yield index, node.op_type, names[0]
         value = node.output[0]
 
@@ -218,7 +220,8 @@ def _row(constants: Constants, name: str) -> FloatArray:
     return constants.array(name).reshape(-1).astype(np.float64)
 
 
-def _is_per_unit(constants: Constants, name: str, units: int) -> bool:
+def _is_per_unit(constants: Constants, name: str, units: int, axis: int) -> bool:
     """Whether a constant is one number per unit, or one for all, at every position."""
-    shape = constants[name].shape
-    return all(size == 1 for size in shape[:-1]) and shape[-1:] in {(), (1,), (units,)}
+    shape = list(constants[name].shape)
+    held = shape.pop(axis) if len(shape) >= -axis else 1
+    return held in {1, units} and all(size == 1 for size in shape)

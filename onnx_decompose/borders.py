@@ -63,5 +63,5 @@ def gathered_order(positions: Sequence[IntArray]) -> IntArray | None:
 
 
 def is_run(units: IntArray) -> bool:
-    """Whether ascending units follow each other without a gap."""
-    return bool(units[-1] - units[0] + 1 == units.size)
+    """Whether units follow each other without a gap."""
+    return bool(units[-1] - units[0] + 1 == units.size and (np.diff(units) == 1).all())

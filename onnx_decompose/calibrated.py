@@ -125,7 +125,7 @@ class CalibrationContext:
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites whose weight and bias can be refitted: what they read can be seen from the main graph."""
+        """The sites whose weight and bias can be refitted: products whose rows can be seen from the main graph."""
         study = self.study
         graph = study.source.proto.graph
         seen = {value.name for value in graph.input}
@@ -135,7 +135,8 @@ class CalibrationContext:
         return tuple(
             site
             for site in study.sites
-            if {site.input, site.output} <= seen
+            if not site.kernel  # the moments are of rows
+            and {site.input, site.output} <= seen
             and site.quantized is None  # a refit is a float
             and (broadcasts or places[site.name].inside or places[site.name].nodes)
         )

@@ -158,12 +158,16 @@ def _group_price(graph: StateGraph, cost: CostModel) -> Callable[..., FloatArray
     dense = predicted_seconds(graph, (everything(graph),), cost)
     size = graph.axis_sizes[edge.source]
     cuts = graph.entries.count(edge.source)
+    (taps,) = graph.taps or (1,)
+    positions = graph.positions[edge.target] if graph.has_channels else 1
 
     def price(inputs: FloatArray, outputs: FloatArray, *, gathered: bool) -> FloatArray:
         total = np.zeros_like(inputs)
-        for rows, whole in zip(cost.batches, dense, strict=True):
-            cut = (cost.gather if gathered else cost.copy)(rows, inputs, graph.itemsize)
-            seconds = cost.matmul(rows, inputs, outputs, graph.itemsize)
+        for samples, whole in zip(cost.batches, dense, strict=True):
+            rows = samples * positions
+            runs = graph.has_channels or not gathered
+            cut = (cost.copy if runs else cost.gather)(rows, inputs, graph.itemsize)
+            seconds = cost.matmul(rows, taps * inputs, outputs, graph.itemsize)
             seconds += cuts * np.where(inputs == size, 0.0, cut)
             for axis in graph.elementwise:
                 units = inputs if axis == edge.source else outputs

@@ -143,7 +143,7 @@ def _site_table(report: Report) -> Table:
     for site in report.sites[:_ROWS]:
         table.add_row(
             site.name,
-            f"{site.shape[0]} x {site.shape[1]}",
+            _shape(site),
             f"{site.density:.1%}",
             str(site.components),
             str(site.isolated),
@@ -151,6 +151,12 @@ def _site_table(report: Report) -> Table:
             _blocks(site),
         )
     return table
+
+
+def _shape(site: SiteReport) -> str:
+    """Inputs and outputs, and the sizes of a convolution's kernel."""
+    units = f"{site.shape[0]} x {site.shape[1]}"
+    return f"{units} ({' x '.join(map(str, site.kernel))})" if site.kernel else units
 
 
 def _blocks(site: SiteReport) -> str:

@@ -106,7 +106,7 @@ class Attempt:
             for site in region.sites:
                 source, target = region.axis_of[site.input], region.axis_of[site.output]
                 after -= site.size
-                after += plan.entries(source, target)
+                after += plan.entries(source, target) * site.taps
         return after
 
     @property
@@ -283,6 +283,8 @@ def _plan(
     plan = plan_region(graph, cost, emit)
     if len(region.sites) != 1 or len(graph.axis_sizes) != 2 or emit not in {"auto", "shared"}:
         return plan
+    if graph.has_channels:  # equal channels are not computed once
+        return plan
     site, mask = region.sites[0], plan.masks[0]
     if site.quantized is not None:
         return plan
@@ -325,7 +327,9 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
         orders=numbering.orders,
     )
     model, recurrent, rows = tried.recurrent.rewritten(rewriting(folded).model)
-    constants = _sliced(rewriting.constants, dense, folding.record.values())
+    constants = _sliced(
+        rewriting.constants, rewriting.unit_axes, dense, folding.record.values()
+    )
     folded_biases = {
         # An emitter that did not note where a bias went fails claim A.
         site.name: FoldedBias(
@@ -375,17 +379,22 @@ def _restored(study: Study, flat: Model) -> Model:
 
 
 def _sliced(
-    noted: Mapping[str, tuple[Block, ...]], dense: Study, folded: Collection[str]
+    noted: Mapping[str, tuple[Block, ...]],
+    axes: Mapping[str, int],
+    dense: Study,
+    folded: Collection[str],
 ) -> dict[str, SlicedConstant]:
     """The original's per-unit constants that are stored in parts; folded biases are recorded with their sites."""
     found: dict[str, SlicedConstant] = {}
     for name, blocks in noted.items():
         parts = tuple(block for block in blocks if block.initializer != name)
         if parts and name not in folded:
-            *lead, units = dense.constants[name].shape or (1,)
+            axis = axes[name]
+            shape = list(dense.constants[name].shape or (1,))
+            units = shape.pop(axis)
             # One number for all units may be stored for each of them.
             units = max(units, *(int(block.columns.max()) + 1 for block in parts))
-            found[name] = SlicedConstant((math.prod(lead), units), parts)
+            found[name] = SlicedConstant((math.prod(shape), units), parts, axis)
     return found
 
 
@@ -416,14 +425,12 @@ def _plan_whole(
 
 def _filled(region: Region, plan: RegionPlan, number: int) -> NDArray[np.bool_]:
     """The mask of one of the region's sites with all entries that its dense blocks have room for."""
-    mask = plan.masks[number]
-    if plan.decision not in {"shrink", "split", "grouped"}:
-        return mask
-    site = region.sites[number]
-    source, target = region.axis_of[site.input], region.axis_of[site.output]
-    return fill(
-        mask, [(branch.units[source], branch.units[target]) for branch in plan.branches]
-    )
+    mask, site = plan.masks[number], region.sites[number]
+    if plan.decision in {"shrink", "split", "grouped"}:
+        source, target = region.axis_of[site.input], region.axis_of[site.output]
+        blocks = [(branch.units[source], branch.units[target]) for branch in plan.branches]
+        mask = fill(mask, blocks)
+    return site.entries(mask)
 
 
 def _absorbable(tried: Attempt) -> dict[str, int]:

@@ -19,6 +19,7 @@ import onnx.reference
 
 from onnx_decompose.analysis.folding import Units, anything, fold_rows, read_by, settle
 from onnx_decompose.biases import Bias, find_biases
+from onnx_decompose.per_unit import is_elementwise
 from onnx_decompose.refits import weight_of
 from onnx_decompose.shapes import opset_of
 from onnx_decompose.sites import attribute_values
@@ -119,7 +120,7 @@ class _Walk:
         return self._region.axis_sizes[self._region.axis_of[name]]
 
     def _site(self, site: Site) -> Units:
-        units, mask = self._known[site.input], self.masks[site.name]
+        units, mask = self._read_by(site), self.masks[site.name]
         if units.varies.all() and mask.any(axis=0).all():
             return anything(site.shape[1])
         folded, total = fold_rows(units, weight_of(self._study, site, self._refits), mask)
@@ -141,6 +142,21 @@ class _Walk:
             total = total + attributes.get("beta", 1.0) * held
         return settle(total, np.asarray(folded.any(axis=0)), self._largest)
 
+    def _read_by(self, site: Site) -> Units:
+        """What is known of the unit behind each row of a site's weight.
+
+        Padding is zero at the borders of a convolution, so that a constant is none there unless it is zero too.
+        """
+        units = self._known[site.input]
+        if not site.kernel:
+            return units
+        node = self._graph.node[site.node]
+        varies = units.varies if _is_unpadded(node) else units.varies | (units.value != 0)
+        return Units(
+            np.repeat(varies, site.taps),
+            np.repeat(np.where(varies, 0.0, units.value), site.taps),
+        )
+
     def _fits(self, site: Site, total: FloatArray) -> bool:
         """Whether ``total`` can be added where the bias is, in the weight's type."""
         if self._biases is None:  # only where something is constant: most regions never ask
@@ -154,6 +170,8 @@ class _Walk:
 
     def _elementwise(self, node: onnx.NodeProto) -> Units:
         size = self._size(node.output[0])
+        if not is_elementwise(node):
+            return self._channelwise(node)
         names = [name for name in node.input if name]
         operands = [self._operand(name) for name in names]
         varies = read_by(operands, size, product=node.op_type == "Mul")
@@ -170,13 +188,30 @@ class _Walk:
             np.broadcast_to(values, (*values.shape[:-1], size)), varies, self._largest
         )
 
+    def _channelwise(self, node: onnx.NodeProto) -> Units:
+        """What an operator makes that works on each channel by itself."""
+        units = self._known[node.input[0]]
+        if node.op_type == "BatchNormalization":
+            scale, shift, mean, variance = (
+                self._study.constants.array(name).astype(np.float64) for name in node.input[1:5]
+            )
+            epsilon = attribute_values(node).get("epsilon", 1e-5)
+            with np.errstate(all="ignore"):
+                values = (units.value - mean) / np.sqrt(variance + epsilon) * scale + shift
+            return settle(values, units.varies, self._largest)
+        if node.op_type in {"GlobalAveragePool", "GlobalMaxPool", "MaxPool"}:
+            return units  # whatever MaxPool pads with is never the largest
+        if node.op_type == "AveragePool":
+            return settle(units.value, ~units.is_zero, self._largest)
+        return anything(units.varies.size)
+
     def _operand(self, name: str) -> Units:
         """What is known of an operand; a constant that differs between positions is steady nowhere."""
         if name in self._region.axis_of:
             return self._known[name]
         if name not in self._study.constants:
             return anything(1)
-        values = self._array(name, None)
+        values = np.atleast_1d(self._array(name, None))
         none = np.zeros(values.shape[-1:] or (1,), dtype=bool)
         if not is_float(
             values.dtype
@@ -188,9 +223,21 @@ class _Walk:
         """What an operator is evaluated on: constants as they are, and what varies as some finite number."""
         if name in self._study.constants:
             values = self._study.constants.array(name)
+            axis = self._region.unit_axis
+            if axis < -1:  # the units of what is evaluated are the last axis
+                values = (
+                    np.moveaxis(values, axis, -1) if values.ndim >= -axis else values[..., None]
+                )
             return values.astype(np.float64) if is_float(values.dtype) else values
         assert operand is not None
         return operand.value
+
+
+def _is_unpadded(node: onnx.NodeProto) -> bool:
+    """Whether a convolution reads nothing but its input."""
+    attributes = attribute_values(node)
+    pads_itself = attributes.get("auto_pad", b"NOTSET") not in {b"NOTSET", b"VALID"}
+    return not pads_itself and not any(attributes.get("pads", ()))
 
 
 def _stays_float(node: onnx.NodeProto) -> bool:

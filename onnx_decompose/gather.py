@@ -74,6 +74,9 @@ def gather_all(study: Study, options: Options, null: str | None = None) -> dict[
                 snapshot=source.snapshot,
                 second_moments=source.second_moments,
             )
+            if prior.record is None and site.taps > 1:
+                # Initializers count a convolution's kernel on both sides.
+                prior = dataclasses.replace(prior, fan_out=prior.fan_out * site.taps)
         found = gather_evidence(study.weight(site), source.spec, prior)
         evidence[site.name] = dataclasses.replace(found, channels=channels)
     return evidence

@@ -167,11 +167,12 @@ rect { fill: var(--block); }
 <th>blocks (inputs x outputs)</th>
 <th></th><th>reason</th></tr>
 {% for site in report.sites %}
-<tr><td class="name">{{ site.name }}</td><td class="n">{{ site.shape[0] }} x {{ site.shape[1] }}</td>
+<tr><td class="name">{{ site.name }}</td><td class="n">{{ site.shape[0] }} x {{ site.shape[1] }}
+{% if site.kernel %}({{ site.kernel | join(" x ") }}){% endif %}</td>
 <td>{{ site.null }}</td><td class="n">{{ site.density | share }}</td><td class="n">{{ site.components }}</td>
 <td class="n">{{ site.isolated }}</td>
 <td class="n">{{ "-" if site.p_structure is none else site.p_structure | figure }}</td><td>{{ site.decision }}</td>
-<td class="n">{{ site.weights_after | share(site.shape[0] * site.shape[1]) }}</td>
+<td class="n">{{ site.weights_after | share(site.weights) }}</td>
 <td>{{ site.blocks | sizes }}</td>
 <td>{% if pictures[site.name] %}<svg role="img" aria-label="blocks" width="90" height="60"
 viewBox="0 0 {{ site.shape[1] }} {{ site.shape[0] }}" preserveAspectRatio="none">

@@ -65,7 +65,8 @@ class Block:
     Attributes:
         rows: input units of the part, each once.
         columns: output units of the part, each once.
-        initializer: the tensor that stores it: a matrix, a stack of matrices, or the kernel of a 1x1 convolution.
+        initializer: the tensor that stores it: a matrix, a stack of matrices, or a convolution's weight, which is a
+            matrix with the outputs first.
         transposed: each stored matrix is (columns, rows).
         part: which matrix of a stack; None where the tensor is one matrix.
         stored_rows: row of the stored matrix, seen as (rows, columns), that holds each of ``rows``; None for all of
@@ -87,8 +88,8 @@ class Block:
         Raises:
             ValueError: ``stored`` has another number of axes, or the part does not lie inside it.
         """
-        if self.part is None and stored.ndim == 4 and stored.shape[2:] == (1, 1):
-            stored = stored[:, :, 0, 0]
+        if self.part is None and self.transposed and stored.ndim > 2:
+            stored = stored.reshape(stored.shape[0], -1)
         # A stack has axes of size 1 where its matrices are broadcast to the axes of a batch.
         while self.part is not None and stored.ndim > 3 and stored.shape[1] == 1:
             stored = stored[:, 0]
@@ -189,13 +190,15 @@ class SlicedConstant:
     """A per-unit constant that rewritten operators read in parts: a bias, a scale.
 
     Attributes:
-        shape: (M, N): all axes before the units taken together, and the units; N also where there is one number for
-            all units, and it is stored for each.
+        shape: (M, N): all axes but that of the units taken together, and the units; N also where there is one number
+            for all units, and it is stored for each.
         blocks: the parts; several may hold the same entries, for operators that read the same constant.
+        axis: of the constant that has the units, counted from the last.
     """
 
     shape: tuple[int, int]
     blocks: tuple[Block, ...]
+    axis: int = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -276,6 +279,7 @@ def write_decomposition(
             name: {
                 "shape": list(constant.shape),
                 "blocks": [_block_json(block) for block in constant.blocks],
+                **({} if constant.axis == -1 else {"axis": constant.axis}),
             }
             for name, constant in decomposition.constants.items()
         }
@@ -400,7 +404,8 @@ def _reordered(fields: Mapping[str, Any]) -> Reordered:
 def _sliced(fields: Mapping[str, Any]) -> SlicedConstant:
     rows, units = (operator.index(size) for size in fields["shape"])
     blocks = tuple(_block(block, rows, units) for block in fields["blocks"])
-    return SlicedConstant((rows, units), blocks)
+    axis = operator.index(fields.get("axis", -1))
+    return SlicedConstant((rows, units), blocks, axis)
 
 
 def _index(value: Any) -> int:

@@ -138,7 +138,7 @@ def prior_for(
         second_moments: from :func:`read_second_moments`.
     """
     record = (records or {}).get(weight_name)
-    if record is not None and sorted(_squeezed(record.shape)) != sorted(shape_kn):
+    if record is not None and sorted(_matrix_shape(record.shape)) != sorted(shape_kn):
         logger.info("%s: its record is of shape %s; ignored", weight_name, record.shape)
         record = None
     fan_in, fan_out = (record.fan_in, record.fan_out) if record is not None else shape_kn
@@ -180,7 +180,9 @@ def _by_shape(
 ) -> str | None:
     """The key of the only array with as many inputs and outputs."""
     wanted = sorted(shape_kn)
-    found = [key for key, array in arrays.items() if sorted(_squeezed(array.shape)) == wanted]
+    found = [
+        key for key, array in arrays.items() if sorted(_matrix_shape(array.shape)) == wanted
+    ]
     if len(found) == 1:
         logger.info("%s: taken to be '%s', the only array of its shape", name, found[0])
         return found[0]
@@ -193,7 +195,7 @@ def _oriented(
     name: str, array: FloatArray, shape_kn: tuple[int, int], outputs_first: bool
 ) -> FloatArray | None:
     """``array`` as (K, N); a shape tells its layout unless it is square."""
-    matrix = array.reshape(_squeezed(array.shape))
+    matrix = array.reshape(_matrix_shape(array.shape))
     inputs, outputs = shape_kn
     if matrix.shape == (outputs, inputs) and (inputs != outputs or outputs_first):
         return matrix.T
@@ -203,9 +205,9 @@ def _oriented(
     return None
 
 
-def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without a 1x1 kernel's trailing axes."""
-    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A kernel's shape as that of a matrix: outputs, and inputs times entries of the kernel."""
+    return shape if len(shape) < 3 else (shape[0], math.prod(shape[1:]))
 
 
 def _parse_record(name: str, fields: Mapping[str, Any]) -> InitRecord:

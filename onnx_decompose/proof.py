@@ -30,7 +30,7 @@ from onnx_decompose.recurrent import RecurrentWeight, find_recurrent
 from onnx_decompose.sites import Site, find_sites, stored_nothing, stored_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -261,6 +261,8 @@ def _compare_constants(
         if name not in constants:
             return f"constant '{name}' is missing from the original"
         array = np.atleast_1d(constants.array(name))
+        if -array.ndim <= constant.axis < 0:
+            array = np.moveaxis(array, constant.axis, -1)
         rows = math.prod(array.shape[:-1])
         if rows != constant.shape[0] or array.shape[-1] not in {1, constant.shape[1]}:
             return f"constant '{name}' has another shape"
@@ -319,9 +321,11 @@ def _changed_node(original: Model, rewritten: Model) -> str | None:
         if source is None or source.op_type in CELLS:
             continue
         if node.op_type == source.op_type:
-            if _attributes(node) != _attributes(source) and (
-                _attributes(_inlined(rewritten, node))
-                != _attributes(_inlined(original, source))
+            # A convolution's groups are its blocks, which the weight is rebuilt from.
+            aside = ("group",) if origin is not None and node.op_type == "Conv" else ()
+            if _attributes(node, aside) != _attributes(source, aside) and (
+                _attributes(_inlined(rewritten, node), aside)
+                != _attributes(_inlined(original, source), aside)
             ):
                 return f"node '{_name(node)}' has other attributes than '{_name(source)}' in the original"
         elif not _may_stand_for(node, source, origin):
@@ -352,8 +356,12 @@ def _name(node: onnx.NodeProto) -> str:
     return str(node.name or next(iter(node.output), ""))
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, bytes]:
-    return {a.name: a.SerializeToString(deterministic=True) for a in node.attribute}
+def _attributes(node: onnx.NodeProto, aside: Collection[str]) -> dict[str, bytes]:
+    return {
+        a.name: a.SerializeToString(deterministic=True)
+        for a in node.attribute
+        if a.name not in aside
+    }
 
 
 def _inlined(model: Model, node: onnx.NodeProto) -> onnx.NodeProto:

@@ -1,6 +1,6 @@
 """Nodes that hold weights and are left alone for what or where they are, each with the reason a user should see.
 
-MatMul and Gemm of the main graph are the business of ``sites``.
+MatMul, Gemm and Conv of the main graph are the business of ``sites``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from onnx_decompose.quantized import INTEGER_PRODUCTS, weight_position
 from onnx_decompose.renames import all_nodes, function_key
-from onnx_decompose.sites import Refusal, attribute_values, is_standard, node_names
+from onnx_decompose.sites import SITES, Refusal, attribute_values, is_standard, node_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["find_refusals", "holds_weights"]
 
-_PRODUCTS = {"MatMul", "Gemm"} | INTEGER_PRODUCTS
-_CONVOLUTIONS = {"Conv", "ConvTranspose"}
+_PRODUCTS = SITES | INTEGER_PRODUCTS
 _RECURRENT = {"GRU", "LSTM", "RNN"}
 _QUANTIZED = {
     *("ConvInteger", "QLinearConv"),
@@ -69,7 +68,7 @@ _QUANTIZED_REASON = (
 def holds_weights(node: onnx.NodeProto) -> bool:
     """Whether ``node`` is an operator that may hold a weight, whatever it reads."""
     if is_standard(node):
-        return node.op_type in _PRODUCTS | _RECURRENT | _CONVOLUTIONS | _QUANTIZED | {"Einsum"}
+        return node.op_type in _PRODUCTS | _RECURRENT | _QUANTIZED | {"ConvTranspose", "Einsum"}
     return node.domain == "com.microsoft" and node.op_type in _QUANTIZED | _FUSED
 
 
@@ -78,7 +77,7 @@ def find_refusals(
 ) -> tuple[Refusal, ...]:
     """Weight-holding nodes that no other module looks at, in graph order, and why each is left alone.
 
-    Others look at MatMul, Gemm and the recurrent operators, where they know what these read to be a constant.
+    Others look at MatMul, Gemm, Conv and the recurrent operators, where they know what these read to be a constant.
 
     Args:
         model: the model.
@@ -129,10 +128,8 @@ def _standard_reason(node: onnx.NodeProto, known: frozenset[str]) -> str | None:
         return f"Einsum ({equation}) is not taken apart; export it as a MatMul"
     if weight not in known:
         return None
-    if node.op_type in _CONVOLUTIONS:
-        if set(attribute_values(node).get("kernel_shape", (0,))) == {1}:
-            return "a 1x1 convolution; it is not written as a grouped one"
-        return "a convolution; channels are not taken apart"
+    if node.op_type == "ConvTranspose":
+        return "a transposed convolution; its channels are not taken apart"
     return None
 
 

@@ -38,6 +38,10 @@ def predicted_seconds(
     grouping: Grouping | None = None,
 ) -> FloatArray:
     """Predicted seconds at each of the cost model's batches."""
+    if graph.has_channels:
+        return np.array(
+            [_channel_seconds(graph, branches, grouping, cost, rows) for rows in cost.batches]
+        )
     if grouping is None:
         return np.array([_seconds(graph, branches, cost, rows) for rows in cost.batches])
     work = StackWork(
@@ -88,6 +92,46 @@ def _seconds(
         total += _cut_seconds(graph, branches, axis, cost, rows)
     for axis in graph.exits:
         total += _join_seconds(graph, branches, axis, cost, rows)
+    return total
+
+
+def _channel_seconds(
+    graph: StateGraph,
+    branches: tuple[Branch, ...],
+    grouping: Grouping | None,
+    cost: CostModel,
+    samples: int,
+) -> float:
+    """Seconds of convolutions: each channel is a run of positions, and is copied as one wherever it lies."""
+    if grouping is None:
+        strands = [(1, [units.size for units in branch.units]) for branch in branches]
+    else:
+        strands = [(stack.count, list(stack.sizes)) for stack in grouping.stacks]
+    rows = [samples * positions for positions in graph.positions]
+    total = 0.0
+    for count, sizes in strands:
+        for edge, taps in zip(graph.edges, graph.taps, strict=True):
+            inputs, outputs = taps * sizes[edge.source], sizes[edge.target]
+            total += (
+                cost.matmul(rows[edge.target], inputs, outputs, graph.itemsize)
+                if count == 1
+                else cost.grouped_conv(
+                    rows[edge.target], count, inputs, outputs, graph.itemsize
+                )
+            )
+        for axis in graph.elementwise:
+            total += cost.elementwise(rows[axis], count * sizes[axis], graph.itemsize)
+    for axis in (*graph.entries, *graph.exits):
+        parts = [branch.units[axis] for branch in branches]
+        widths = sum(count * sizes[axis] for count, sizes in strands)
+        in_order = widths == graph.axis_sizes[axis] and (
+            axis in graph.free
+            or np.array_equal(np.concatenate(parts), np.arange(graph.axis_sizes[axis]))
+        )
+        if not in_order:
+            total += cost.copy(rows[axis], widths, graph.itemsize)
+        if len(strands) > 1:
+            total += cost.copy(rows[axis], widths, graph.itemsize)
     return total
 
 

@@ -77,7 +77,7 @@ class RegionModels:
         return sorted(making.union(region.nodes))
 
     def _value(self, name: str, region: Region) -> onnx.ValueInfoProto:
-        """A declaration of ``name``; a value of unknown rank is taken to be (batch, units)."""
+        """A declaration of ``name``; a value of unknown rank is taken to be (batch, units, positions)."""
         known = self._values.get(name)
         element = 0 if known is None else known.type.tensor_type.elem_type
         if known is None or element == onnx.TensorProto.UNDEFINED:
@@ -90,7 +90,9 @@ class RegionModels:
             raise ModelError(
                 f"{self._study.model.label}: region '{region.name}': the shape of '{name}' is not known"
             )
-        shape: Sequence[int | str] = ("batch", region.axis_sizes[region.axis_of[name]])
+        units = region.axis_sizes[region.axis_of[name]]
+        positions = [f"position{number}" for number in range(-1 - region.unit_axis)]
+        shape: Sequence[int | str] = ("batch", units, *positions)
         return helper.make_tensor_value_info(name, element, shape)
 
 

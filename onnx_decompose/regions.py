@@ -1,8 +1,8 @@
 """Regions: sites joined by elementwise ops, bounded by ops that couple units.
 
-Every value of a region has a *unit axis*, its last one. Elementwise ops keep the units apart, so all values that
-they connect share one axis; a site leads from one axis to another. The axes and sites of a region are its state
-graph (``analysis.structure``).
+Every value of a region has its units on one axis: the last one, or before the positions of a convolution. Elementwise
+ops keep the units apart, so all values that they connect share one *unit axis*; a site leads from one to another. The
+unit axes and sites of a region are its state graph (``analysis.structure``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from onnx_decompose.disjoint_sets import DisjointSets
-from onnx_decompose.sites import Site, attribute_values
+from onnx_decompose.per_unit import (
+    constant_axis,
+    constant_units,
+    is_channelwise,
+    is_elementwise,
+    is_per_unit,
+    leads_with_ones,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.constants import Constants
     from onnx_decompose.shapes import Dim
+    from onnx_decompose.sites import Site
 
 __all__ = [
     "Region",
@@ -29,16 +37,6 @@ __all__ = [
     "single_site_regions",
     "value_readers",
 ]
-
-_QUANTIZERS = {"DequantizeLinear", "QuantizeLinear"}
-_ELEMENTWISE = {
-    *("Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Log", "Neg", "Reciprocal", "Round"),
-    *("Sign", "Sin", "Sqrt", "Cast", "Clip", "Dropout", "Identity"),
-    *("Add", "Div", "Max", "Mean", "Min", "Mul", "Pow", "Sub", "Sum"),
-    *("Celu", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu"),
-    *("Relu", "Selu", "Shrink", "Sigmoid", "Softplus", "Softsign", "Swish", "Tanh"),
-    *("DequantizeLinear", "QuantizeLinear", "ThresholdedRelu"),
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +51,7 @@ class Region:
         axis_sizes: units of each axis.
         entries: values with a unit axis that are read inside and made outside.
         exits: values made inside and read outside, or read inside in full: broadcast to the units of another axis.
+        unit_axis: the axis of its values that has the units, counted from the last.
     """
 
     name: str
@@ -62,6 +61,7 @@ class Region:
     axis_sizes: tuple[int, ...]
     entries: tuple[str, ...]
     exits: tuple[str, ...]
+    unit_axis: int = -1
 
     @property
     def entry_axes(self) -> set[int]:
@@ -80,7 +80,7 @@ def find_regions(
     constants: Constants,
     shapes: Mapping[str, tuple[Dim, ...]],
 ) -> tuple[Region, ...]:
-    """The maximal regions of the main graph, in graph order; every site is in exactly one.
+    """The maximal regions of the main graph, in graph order; every site is in exactly one, and no node in two.
 
     Args:
         graph: the main graph.
@@ -88,28 +88,40 @@ def find_regions(
         constants: the constants of the graph.
         shapes: what ``shapes.infer_shapes`` found.
     """
-    site_at = {site.node: site for site in sites}
-    elementwise = elementwise_values(graph, sites, constants, shapes)
     readers = value_readers(graph)
-    members = _trimmed(graph, site_at, elementwise, constants)
-    members |= _borders(graph, members, elementwise, readers)
-    axes = DisjointSets()
-    for index in members - site_at.keys():
-        first, *others = elementwise[index]
-        for other in others:
-            axes.join(first, other)
-    for site in sites:
-        axes.join(site.output, site.bias or site.output)
-    parts = DisjointSets()
-    for site in sites:
-        parts.join(axes.find(site.input), axes.find(site.output))
-    grouped: dict[str, list[int]] = {}
-    for index in sorted(members):
-        value = graph.node[index].output[0]
-        grouped.setdefault(parts.find(axes.find(value)), []).append(index)
-    return tuple(
-        _region(graph, nodes, site_at, elementwise, axes, readers) for nodes in grouped.values()
-    )
+    found: list[Region] = []
+    taken: set[int] = set()
+    for axis in _unit_axes(sites):
+        alike = {site.node: site for site in sites if site.unit_axis == axis}
+        elementwise = {
+            index: values
+            for index, values in elementwise_values(
+                graph, sites, constants, shapes, axis
+            ).items()
+            if index not in taken
+        }
+        members = _trimmed(graph, alike, elementwise, constants)
+        members |= _borders(graph, members, elementwise, readers)
+        taken |= members
+        axes = DisjointSets()
+        for index in members - alike.keys():
+            first, *others = elementwise[index]
+            for other in others:
+                axes.join(first, other)
+        for site in alike.values():
+            axes.join(site.output, site.bias or site.output)
+        parts = DisjointSets()
+        for site in alike.values():
+            parts.join(axes.find(site.input), axes.find(site.output))
+        grouped: dict[str, list[int]] = {}
+        for index in sorted(members):
+            value = graph.node[index].output[0]
+            grouped.setdefault(parts.find(axes.find(value)), []).append(index)
+        found.extend(
+            _region(graph, nodes, alike, elementwise, axes, readers)
+            for nodes in grouped.values()
+        )
+    return tuple(sorted(found, key=lambda region: region.nodes[0]))
 
 
 def single_site_regions(
@@ -120,22 +132,26 @@ def single_site_regions(
 ) -> tuple[Region, ...]:
     """Each site as a region of its own, with its bias; arguments as of :func:`find_regions`."""
     site_at = {site.node: site for site in sites}
-    elementwise = elementwise_values(graph, sites, constants, shapes)
+    elementwise = {
+        axis: elementwise_values(graph, sites, constants, shapes, axis)
+        for axis in _unit_axes(sites)
+    }
     readers = value_readers(graph)
     regions: list[Region] = []
     for site in sites:
+        apart = elementwise[site.unit_axis]
         nodes = {site.node}
         for index in readers.get(site.output, ()):
-            if index in elementwise and _adds_constant(graph.node[index], constants):
+            if index in apart and _is_affine(graph.node[index], constants):
                 nodes.add(index)
-        nodes |= _borders(graph, nodes, elementwise, readers)
+        nodes |= _borders(graph, nodes, apart, readers)
         axes = DisjointSets()
         axes.join(site.output, site.bias or site.output)
         for index in nodes - {site.node}:
-            first, *others = elementwise[index]
+            first, *others = apart[index]
             for other in others:
                 axes.join(first, other)
-        regions.append(_region(graph, sorted(nodes), site_at, elementwise, axes, readers))
+        regions.append(_region(graph, sorted(nodes), site_at, apart, axes, readers))
     return tuple(regions)
 
 
@@ -144,19 +160,39 @@ def elementwise_values(
     sites: Sequence[Site],
     constants: Constants,
     shapes: Mapping[str, tuple[Dim, ...]],
+    axis: int = -1,
 ) -> dict[int, tuple[str, ...]]:
-    """Index of each elementwise node -> the values that share its unit axis, its output first."""
-    units = _unit_sizes(graph, sites, constants, shapes)
+    """Index of each node that keeps units apart -> the values that share its unit axis, its output first.
+
+    Args:
+        graph: the main graph.
+        sites: all sites of it.
+        constants: the constants of the graph.
+        shapes: what ``shapes.infer_shapes`` found.
+        axis: the axis that has the units, counted from the last.
+    """
+    units = _unit_sizes(graph, sites, constants, shapes, axis)
     ranks = {name: len(shape) for name, shape in shapes.items()}
     # What makes the weight of a site has the units of two axes.
     weights = {name for site in sites if site.quantized for name in site.quantized.made}
-    return {
-        index: values
-        for index, node in enumerate(graph.node)
-        if weights.isdisjoint(node.output)
-        and _is_per_unit(node, ranks, constants)
-        and (values := _joined_values(node, units, constants)) is not None
-    }
+    found: dict[int, tuple[str, ...]] = {}
+    for index, node in enumerate(graph.node):
+        if not weights.isdisjoint(node.output):
+            continue
+        if is_elementwise(node) and is_per_unit(node, ranks, constants, axis):
+            values = _joined_values(node, units, constants, axis)
+        elif is_channelwise(node, constants, ranks, axis):
+            values = _passed_values(node, units, constants, axis)
+        else:
+            continue
+        if values is not None:
+            found[index] = values
+    return found
+
+
+def _unit_axes(sites: Iterable[Site]) -> list[int]:
+    """The unit axes of all sites, convolutions first: they are few, and what follows them is theirs."""
+    return sorted({site.unit_axis for site in sites})
 
 
 def _unit_sizes(
@@ -164,56 +200,29 @@ def _unit_sizes(
     sites: Iterable[Site],
     constants: Constants,
     shapes: Mapping[str, tuple[Dim, ...]],
+    axis: int,
 ) -> dict[str, int]:
-    """Size of the last axis by value name, where it is known; 1 also for a scalar."""
+    """Size of the unit axis by value name, where it is known; 1 where the value has fewer axes."""
     units: dict[str, int] = {}
     for name, shape in shapes.items():
-        last = shape[-1] if shape else 1
-        if isinstance(last, int):
-            units[name] = last
+        size = shape[axis] if len(shape) >= -axis else 1
+        if isinstance(size, int):
+            units[name] = size
     for site in sites:
-        units[site.input], units[site.output] = site.shape
+        if site.unit_axis == axis:
+            units[site.input], units[site.output] = site.units
     # Where inference failed, an elementwise op still has the size of its widest operand.
     for node in graph.node:
-        if _is_elementwise(node) and node.output[0] not in units:
+        if is_elementwise(node) and node.output[0] not in units:
             known = [
-                units.get(name, _constant_units(constants, name)) for name in node.input if name
+                units.get(name, constant_units(constants, name, axis))
+                for name in node.input
+                if name
             ]
             sizes = [size for size in known if size is not None]
             if sizes and len(sizes) == len(known):
                 units[node.output[0]] = max(sizes)
     return units
-
-
-def _is_elementwise(node: onnx.NodeProto) -> bool:
-    """Whether a unit of the output depends on the same unit of the operands alone, by the usual broadcasting rules."""
-    return (
-        node.op_type in _ELEMENTWISE
-        and node.domain in {"", "ai.onnx"}
-        and len(node.output) == 1
-        # Dropout does nothing, unless it is told that this is training.
-        and not (node.op_type == "Dropout" and len(node.input) > 2)
-        # Operator sets under 7 had broadcasting rules of their own.
-        and (
-            node.op_type in _QUANTIZERS
-            or not {"axis", "broadcast"}.intersection(attribute_values(node))
-        )
-    )
-
-
-def _is_per_unit(node: onnx.NodeProto, ranks: Mapping[str, int], constants: Constants) -> bool:
-    """Whether a quantizer has one scale for the whole tensor, or one for each unit; true of any other node."""
-    if node.op_type not in _QUANTIZERS:
-        return True
-    scale = node.input[1]
-    if scale not in constants:
-        return ranks.get(scale) == 0
-    shape = constants[scale].shape
-    if all(size == 1 for size in shape):
-        return True
-    rank = ranks.get(node.input[0])
-    axis = attribute_values(node).get("axis", 1)
-    return len(shape) == 1 and (axis == -1 or rank == axis + 1)
 
 
 def _borders(
@@ -259,31 +268,22 @@ def _up_to_quantizer(
         index = after
 
 
-def _constant_units(constants: Constants, name: str) -> int | None:
-    if name not in constants:
-        return None
-    shape = constants[name].shape
-    return shape[-1] if shape else 1
-
-
 def _joined_values(
-    node: onnx.NodeProto, units: Mapping[str, int], constants: Constants
+    node: onnx.NodeProto, units: Mapping[str, int], constants: Constants, axis: int
 ) -> tuple[str, ...] | None:
-    """The values of an elementwise ``node`` that share one unit axis, its output first; None if it is not such a node.
+    """The values of an elementwise ``node`` that share one unit axis, its output first; None where they do not.
 
-    Operands whose last axis has size 1 are broadcast to every unit and take no part.
+    Operands with a single unit are broadcast to every unit and take no part.
     """
-    if not _is_elementwise(node):
-        return None
     size = units.get(node.output[0])
     if size is None or size <= 1:
         return None
     joined = [node.output[0]]
-    for name in node.input:
+    for position, name in enumerate(node.input):
         if not name:
             continue
         if name in constants:
-            if _constant_units(constants, name) not in {1, size}:
+            if not _is_of_units(node, position, size, constants, axis):
                 return None
         elif units.get(name) == size:
             joined.append(name)
@@ -291,6 +291,33 @@ def _joined_values(
             return None
     # A line of stored integers makes one of floats: a bias, say.
     return tuple(joined) if len(joined) > 1 or node.op_type == "DequantizeLinear" else None
+
+
+def _passed_values(
+    node: onnx.NodeProto, units: Mapping[str, int], constants: Constants, axis: int
+) -> tuple[str, ...] | None:
+    """The two values of a ``node`` that works on each channel by itself; None where its constants do not fit."""
+    size = units.get(node.input[0])
+    if size is None or size <= 1:
+        return None
+    fit = all(
+        _is_of_units(node, position, size, constants, axis)
+        for position in range(1, len(node.input))
+        if node.input[position]
+    )
+    return (node.output[0], node.input[0]) if fit else None
+
+
+def _is_of_units(
+    node: onnx.NodeProto, position: int, size: int, constants: Constants, axis: int
+) -> bool:
+    """Whether a constant input has an entry, or several, for each of ``size`` units, or is the same for all."""
+    name, along = node.input[position], constant_axis(node, position, axis)
+    held = constant_units(constants, name, along)
+    # Of a constant that is cut, the units are the last axis, or the first one that is not 1.
+    return held == 1 or (
+        held == size and (along == -1 or leads_with_ones(constants, name, along))
+    )
 
 
 def _trimmed(
@@ -308,7 +335,7 @@ def _trimmed(
             after.add(node.output[0])
         elif index in elementwise and after.intersection(node.input):
             after.add(node.output[0])
-            if _adds_constant(node, constants) and site_outputs.intersection(node.input):
+            if _is_affine(node, constants) and site_outputs.intersection(node.input):
                 bias.add(index)
     before: set[str] = set()
     members = set(site_at)
@@ -325,8 +352,10 @@ def _trimmed(
     return members
 
 
-def _adds_constant(node: onnx.NodeProto, constants: Constants) -> bool:
-    return node.op_type == "Add" and any(name in constants for name in node.input)
+def _is_affine(node: onnx.NodeProto, constants: Constants) -> bool:
+    """Whether a runtime takes ``node`` into the site before it: a bias, or stored statistics."""
+    adds = node.op_type == "Add" and any(name in constants for name in node.input)
+    return adds or node.op_type == "BatchNormalization"
 
 
 def value_readers(graph: onnx.GraphProto) -> dict[str, set[int]]:
@@ -371,7 +400,7 @@ def _region(
     }
     sizes: dict[str, int] = {}
     for site in sites:
-        sizes[axes.find(site.input)], sizes[axes.find(site.output)] = site.shape
+        sizes[axes.find(site.input)], sizes[axes.find(site.output)] = site.units
     number = {axis: position for position, axis in enumerate(sizes)}
     axis_of: dict[str, int] = {}
     for index in nodes:
@@ -392,4 +421,5 @@ def _region(
             if name in made
             and any((name, index) not in by_unit for index in readers.get(name, ()))
         ),
+        unit_axis=sites[0].unit_axis,
     )

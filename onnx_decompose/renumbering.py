@@ -38,16 +38,23 @@ class Numbering:
 
     orders: tuple[tuple[UnitSpace, IntArray], ...] = ()
 
-    def order_of(self, value: str) -> IntArray | None:
+    def order_of(self, value: str, unit_axis: int = -1) -> IntArray | None:
         """Old numbers of a value's units in their new order; None where they keep their numbers."""
-        return next((order for space, order in self.orders if value in space.values), None)
+        return next(
+            (
+                order
+                for space, order in self.orders
+                if value in space.values and space.unit_axis == unit_axis
+            ),
+            None,
+        )
 
     def plan(self, region: Region, plan: RegionPlan) -> RegionPlan:
         """``plan`` with the places of its border units, and each branch's units in the order of their places."""
         places = {
             region.axis_of[name]: np.argsort(order)
             for name in (*region.entries, *region.exits)
-            if (order := self.order_of(name)) is not None
+            if (order := self.order_of(name, region.unit_axis)) is not None
         }
         branches = tuple(
             Branch(
@@ -71,13 +78,13 @@ def choose_numbering(
         rewrites: regions and their plans; of two that want one space in different orders, the one with more entries
             in its weights is served, and the other one gathers.
     """
-    space_of = {value: space for space in spaces for value in space.values}
+    space_of = {(value, space.unit_axis): space for space in spaces for value in space.values}
     orders: dict[int, tuple[UnitSpace, IntArray]] = {}
     for region, plan in sorted(
         rewrites, key=lambda item: -sum(site.size for site in item[0].sites)
     ):
         for name in (*region.entries, *region.exits):
-            space = space_of.get(name)
+            space = space_of.get((name, region.unit_axis))
             if space is None or id(space) in orders:
                 continue
             order = _wanted(plan, region.axis_of[name], space.size)

@@ -33,7 +33,7 @@ class SiteReport:
     Attributes:
         name: the site.
         op_type: of its node.
-        shape: (K, N).
+        shape: (inputs, outputs).
         region: name of the region it belongs to.
         null: the null its entries were tested against, and where it came from.
         pi0: estimated share of entries that follow the null.
@@ -47,6 +47,7 @@ class SiteReport:
         reason: why.
         blocks: (inputs, outputs) of each block as it is stored: in a stack, with its padding.
         p_structure: how often the same entries shuffled give as much structure; None where it was not tested.
+        kernel: sizes of a convolution's kernel, of which every input and output have one; none for a product.
     """
 
     name: str
@@ -65,18 +66,25 @@ class SiteReport:
     reason: str
     blocks: tuple[tuple[int, int], ...]
     p_structure: float | None
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Entries of the site's weight."""
+        return math.prod((*self.shape, *self.kernel))
 
     @property
     def weights_after(self) -> int:
         """Entries that the rewritten site stores."""
         if self.decision == "dense":
-            return self.shape[0] * self.shape[1]
-        return sum(inputs * outputs for inputs, outputs in self.blocks)
+            return self.weights
+        blocks = sum(inputs * outputs for inputs, outputs in self.blocks)
+        return blocks * math.prod(self.kernel)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Summary:
-    """The whole model in a few numbers; flops are those of one row through every site."""
+    """The whole model in a few numbers; flops are those of one row, or one position, through every site."""
 
     sites: int
     rewritten: int

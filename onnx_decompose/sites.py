@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OVERRIDABLE",
+    "SITES",
     "Refusal",
     "Site",
     "attribute_values",
@@ -49,26 +50,33 @@ __all__ = [
 
 OVERRIDABLE = "the weight is also a graph input, so it can be overridden at run time"
 
+SITES = {"Conv", "Gemm", "MatMul"}
+"""Operators whose weight may be taken apart where it is stored as floats."""
+
 _ROWS_AT_A_TIME = 4096
-_PRODUCTS = {"MatMul", "Gemm"} | INTEGER_PRODUCTS
+_PRODUCTS = SITES | INTEGER_PRODUCTS
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Site:
-    """A product with a constant weight.
+    """A product with a constant weight, taken as a matrix.
+
+    The units of a convolution are its channels. Each edge between two of them has a kernel, so that its matrix has as
+    many rows for each input as the kernel has entries (*taps*): the rows of one input follow each other.
 
     Attributes:
         name: unique in the model: the node's name, or else its output's.
         node: index of the node in the graph.
-        op_type: ``MatMul``, ``Gemm``, ``MatMulInteger`` or ``QLinearMatMul``.
-        input: the value read; its last axis is the K inputs.
-        output: the value made; its last axis is the N outputs.
+        op_type: ``MatMul``, ``Gemm``, ``Conv``, ``MatMulInteger`` or ``QLinearMatMul``.
+        input: the value read; its unit axis has the inputs.
+        output: the value made; its unit axis has the N outputs.
         weight: the constant that the node reads.
         tensor: the stored tensor behind it (an initializer's name, or a Constant node's output).
-        transposed: the stored tensor is (N, K).
-        shape: (K, N).
+        transposed: the stored tensor has the outputs first.
+        shape: (K, N) of the matrix; K is the inputs times the taps.
         quantized: how the weight is made of integers; None where it is stored as floats.
         bias: what a Gemm adds, where that is made of integers too: it has the N outputs.
+        kernel: sizes of a convolution's kernel; none for a product.
     """
 
     name: str
@@ -82,11 +90,49 @@ class Site:
     shape: tuple[int, int]
     quantized: Quantized | None = None
     bias: str = ""
+    kernel: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:
         """Entries of the weight."""
         return math.prod(self.shape)
+
+    @property
+    def taps(self) -> int:
+        """Entries of the weight for each edge."""
+        return math.prod(self.kernel)
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        return self.shape[0] // self.taps, self.shape[1]
+
+    @property
+    def unit_axis(self) -> int:
+        """The axis of its values that has the units, counted from the last: -1, or before a convolution's positions."""
+        return -1 - len(self.kernel)
+
+    def edges(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of the edges, (inputs, N), have a supported entry in ``mask``, (K, N)."""
+        if self.taps == 1:
+            return mask
+        return np.asarray(mask.reshape(-1, self.taps, self.shape[1]).any(axis=1))
+
+    def entries(self, edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The entries, (K, N), of ``edges``, (inputs, N)."""
+        return edges if self.taps == 1 else np.repeat(edges, self.taps, axis=0)
+
+    def rows(self, inputs: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The rows of the matrix that belong to ``inputs``."""
+        if self.taps == 1:
+            return inputs
+        return (inputs[:, None] * self.taps + np.arange(self.taps)).ravel()
+
+    def laid_out(self, matrix: NDArray[Any], node: onnx.NodeProto) -> NDArray[Any]:
+        """A matrix of some inputs and outputs in the form in which ``node``, the site's own, reads its weight."""
+        if self.kernel:
+            return matrix.T.reshape(matrix.shape[1], -1, *self.kernel)
+        return matrix.T if attribute_values(node).get("transB", 0) else matrix
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,6 +161,8 @@ def find_sites(
                 "not 2; export the model again"
             )
         first, second = _operands(node)
+        if node.op_type == "Conv":
+            first = second  # its data alone make no site
         if (
             not any(
                 name in known
@@ -125,7 +173,9 @@ def find_sites(
         ):
             continue
         quantized = None
-        if node.op_type in INTEGER_PRODUCTS or second in constants.computed:
+        if node.op_type in INTEGER_PRODUCTS or (
+            second in constants.computed and node.op_type != "Conv"
+        ):
             quantized = find_quantized(node, makers, constants)
         reason = next(_objections(node, quantized, makers, constants), None)
         if reason is None:
@@ -148,6 +198,8 @@ def stored_weight(site: Site, constants: Constants) -> NDArray[Any]:
     if site.quantized is not None:
         return integers(site.quantized, constants)
     weight = constants.array(site.weight)
+    if site.kernel:
+        return weight.reshape(site.shape[1], site.shape[0]).T
     if site.transposed != constants[site.weight].transposed:
         weight = weight.T
     assert weight.shape == site.shape
@@ -239,12 +291,10 @@ def _objections(
     if first in constants or first in constants.computed:
         yield "both sides are constant"
     if node.op_type == "Gemm":
-        if attribute_values(node).get("transA", 0):
-            yield "transA is set: the units are on the batch axis"
-        bias = node.input[2] if len(node.input) > 2 else ""
-        made = quantized is not None and is_integer_line(bias, makers, constants)
-        if bias and bias not in constants and not made:
-            yield "the bias is not a constant"
+        made = quantized is not None and is_integer_line(_bias(node), makers, constants)
+        yield from _gemm_objections(node, made, constants)
+    if node.op_type == "Conv":
+        yield from _conv_objections(node, constants)
 
 
 def _float_objections(
@@ -257,16 +307,43 @@ def _float_objections(
     if side == first and node.op_type in INTEGER_PRODUCTS:
         yield "the constant is on the left side"
     if side in constants:
-        yield from _weight_objections(constants[side])
+        yield from _weight_objections(node, constants[side])
     if side == first:
         yield "the constant is on the left side, and the rank of the other one is not known"
 
 
-def _weight_objections(weight: Constant) -> Iterator[str]:
+def _gemm_objections(
+    node: onnx.NodeProto, made_of_integers: bool, constants: Constants
+) -> Iterator[str]:
+    if attribute_values(node).get("transA", 0):
+        yield "transA is set: the units are on the batch axis"
+    bias = _bias(node)
+    if bias and bias not in constants and not made_of_integers:
+        yield "the bias is not a constant"
+
+
+def _conv_objections(node: onnx.NodeProto, constants: Constants) -> Iterator[str]:
+    groups = attribute_values(node).get("group", 1)
+    if groups != 1:
+        yield f"the convolution has {groups} groups already"
+    bias = _bias(node)
+    if bias and bias not in constants:
+        yield "the bias is not a constant"
+
+
+def _bias(node: onnx.NodeProto) -> str:
+    """The third input of a Gemm or a Conv."""
+    return node.input[2] if len(node.input) > 2 else ""
+
+
+def _weight_objections(node: onnx.NodeProto, weight: Constant) -> Iterator[str]:
     if weight.data_type not in FLOAT_TYPES:
         held = onnx.TensorProto.DataType.Name(weight.data_type)
         yield f"the weight is {held}, not a float of 16 bits or more"
-    if len(weight.shape) != 2:
+    if node.op_type == "Conv":
+        if len(weight.shape) < 3:
+            yield f"the weight has {len(weight.shape)} axes, and a convolution's has 3 or more"
+    elif len(weight.shape) != 2:
         yield f"the weight has {len(weight.shape)} axes, not 2"
     if 0 in weight.shape:
         yield "the weight is empty"
@@ -280,6 +357,21 @@ def _site(
     constants: Constants,
 ) -> Site:
     weight = _operands(node)[1]
+    if node.op_type == "Conv":
+        constant = constants[weight]
+        outputs, inputs, *kernel = constant.shape
+        return Site(
+            name=name,
+            node=index,
+            op_type=node.op_type,
+            input=node.input[0],
+            output=node.output[0],
+            weight=weight,
+            tensor=constant.source,
+            transposed=True,
+            shape=(inputs * math.prod(kernel), outputs),
+            kernel=tuple(kernel),
+        )
     flipped = node.op_type == "Gemm" and bool(attribute_values(node).get("transB", 0))
     if quantized is None:
         constant = constants[weight]

@@ -1,7 +1,8 @@
 """Stacks: branches of about one size side by side in one operator, each padded to the largest.
 
-Two layouts. ``columns``: the units of all blocks are the channels of one value, and a site is a 1x1 convolution in
-groups. ``rows``: the blocks are an axis of their own, and a site is a batched matrix product.
+Three layouts. ``columns``: the units of all blocks are the channels of one value, and a site is a 1x1 convolution in
+groups. ``rows``: the blocks are an axis of their own, and a site is a batched matrix product. ``channels``: the units
+were channels before, and a site stays the convolution that it is, in groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHANNELS", "Border", "Grouping", "Stack", "StackLayout", "StackWork", "groupings"]
 
-StackLayout = Literal["columns", "rows"]
+StackLayout = Literal["channels", "columns", "rows"]
 
 CHANNELS = 16
 """Channels per group are padded to a multiple: onnxruntime has kernels in blocks of 16 (8 without AVX-512) channels."""

@@ -37,6 +37,9 @@ class StateGraph:
         layouts: in which stacks of equal blocks can be written.
         unpadded: axes on which blocks cannot be padded.
         unstacked: why there are no layouts.
+        taps: per edge, entries of the weight; none where each has one.
+        positions: per axis, positions that each value has for a row of the cost model, where units are channels; none
+            where they are the last axis.
     """
 
     axis_sizes: tuple[int, ...]
@@ -50,6 +53,13 @@ class StateGraph:
     layouts: frozenset[StackLayout] = frozenset()
     unpadded: frozenset[int] = frozenset()
     unstacked: str = ""
+    taps: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether the units are channels, before the positions, and not the last axis."""
+        return bool(self.positions)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

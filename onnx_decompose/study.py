@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from onnx_decompose.analysis.anneal import anneal
@@ -189,13 +190,22 @@ def state_graph(
     """The state graph of ``region``, with the supported mask of each site by name."""
     graph = study.model.proto.graph
     sites = {site.node for site in region.sites}
-    free = {name for space in study.spaces for name in space.values}
+    free = {
+        name
+        for space in study.spaces
+        if space.unit_axis == region.unit_axis
+        for name in space.values
+    }
     fused = set(fused_nodes(graph, region, study.constants))
     form = stack_form(graph, region, study.constants, study.shapes, opset_of(study.model.proto))
     return StateGraph(
         axis_sizes=region.axis_sizes,
         edges=tuple(
-            Edge(region.axis_of[site.input], region.axis_of[site.output], masks[site.name])
+            Edge(
+                region.axis_of[site.input],
+                region.axis_of[site.output],
+                site.edges(masks[site.name]),
+            )
             for site in region.sites
         ),
         elementwise=tuple(
@@ -213,4 +223,24 @@ def state_graph(
         layouts=form.layouts,
         unpadded=form.unpadded,
         unstacked=form.refusal,
+        taps=tuple(site.taps for site in region.sites),
+        positions=_positions(region, study.shapes),
     )
+
+
+_POSITIONS = 256
+"""Positions of a convolution's values where shapes do not tell: 16 x 16."""
+
+
+def _positions(region: Region, shapes: Mapping[str, tuple[Dim, ...]]) -> tuple[int, ...]:
+    """Per axis, positions that a convolution's values have for each sample; none where units are the last axis."""
+    if region.unit_axis == -1:
+        return ()
+    found: dict[int, int] = {}
+    for name, axis in region.axis_of.items():
+        sizes = shapes.get(name, (None,))[region.unit_axis + 1 :]
+        known = [size for size in sizes if isinstance(size, int)]
+        if len(known) == len(sizes) == -1 - region.unit_axis:
+            found[axis] = max(found.get(axis, 0), math.prod(known))
+    default = max(found.values(), default=_POSITIONS)
+    return tuple(found.get(axis, default) for axis in range(len(region.axis_sizes)))

@@ -109,7 +109,7 @@ def summary_of(
     tried: Attempt, sites: tuple[SiteReport, ...], refusal: str | None = None
 ) -> Summary:
     """The whole model in a few numbers."""
-    before = sum(site.shape[0] * site.shape[1] for site in sites)
+    before = sum(site.weights for site in sites)
     after = sum(site.weights_after for site in sites)
     return Summary(
         sites=len(sites),
@@ -184,13 +184,15 @@ def _site_report(
     site: Site = region.sites[position]
     selection = tried.selections[site.name]
     mask = selection.mask  # unpacked anew at every reading
-    alone = bipartite_components(mask)
-    square = condense(mask) if site.shape[0] == site.shape[1] else None
+    edges = site.edges(mask)
+    alone = bipartite_components(edges)
+    square = condense(edges) if len(set(site.units)) == 1 else None
     source, target = region.axis_of[site.input], region.axis_of[site.output]
     report = SiteReport(
         name=site.name,
         op_type=site.op_type,
-        shape=site.shape,
+        shape=site.units,
+        kernel=site.kernel,
         region=region.name,
         null=_null_of(tried.evidence[site.name]),
         pi0=selection.pi0,
@@ -203,7 +205,7 @@ def _site_report(
         decision=plan.decision,
         reason=plan.reason + (f" ({selection.note})" if selection.note else ""),
         blocks=plan.blocks(source, target),
-        p_structure=_p_structure(mask, np.random.default_rng(seed)),
+        p_structure=_p_structure(edges, np.random.default_rng(seed)),
     )
     return _unless(refusal, report)
 
@@ -291,7 +293,7 @@ def _pieces(mask: NDArray[np.bool_]) -> float:
 def reason_of(tried: Attempt) -> str:
     """One sentence on the whole model."""
     if not tried.study.weights:
-        return "the model has no MatMul or Gemm with a constant weight, and no such recurrent operator"
+        return "the model has no MatMul, Gemm or Conv with a constant weight, and no such recurrent operator"
     if tried.takes_apart:
         return (
             f"{_count(tried.substructures, 'substructure')} in {' and '.join(_places(tried))}"

@@ -73,6 +73,8 @@ def stack_form(
         opset: version of the standard operator set.
     """
     survey = _Survey(graph, region, constants, shapes)
+    if region.unit_axis != -1:
+        return StackForm(frozenset({"channels"}), unpadded=survey.unpadded())
     refusal = (
         f"operator set {opset} is older than {_OLDEST}"
         if opset < _OLDEST

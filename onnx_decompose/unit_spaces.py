@@ -1,4 +1,4 @@
-"""Unit spaces: values whose last axes hold the same units, over the whole graph.
+"""Unit spaces: values that hold the same units along their unit axes, over the whole graph.
 
 Within a region elementwise operators keep units apart. Many operators that couple units still do not care for
 their order: LayerNormalization, Softmax over the units, a mean over them, an embedding's look-up. The values
@@ -12,6 +12,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from onnx_decompose.disjoint_sets import DisjointSets
+from onnx_decompose.per_unit import constant_axis, constant_units
 from onnx_decompose.regions import elementwise_values, reads
 from onnx_decompose.sites import attribute_values
 
@@ -54,13 +55,15 @@ class UnitSpace:
 
     Attributes:
         size: number of units.
-        values: the values whose last axis it is.
+        values: the values that have it on their unit axis.
         constants: all that has to be stored in the new order.
+        unit_axis: the axis of the values, counted from the last.
     """
 
     size: int
     values: frozenset[str]
     constants: tuple[UnitConstant, ...]
+    unit_axis: int = -1
 
 
 def find_unit_spaces(
@@ -69,7 +72,7 @@ def find_unit_spaces(
     constants: Constants,
     shapes: Mapping[str, tuple[Dim, ...]],
 ) -> tuple[UnitSpace, ...]:
-    """The spaces that may be renumbered, in graph order.
+    """The spaces that may be renumbered, in graph order, those on an axis before the last first.
 
     Args:
         graph: the main graph.
@@ -77,14 +80,26 @@ def find_unit_spaces(
         constants: the constants of the graph.
         shapes: what ``shapes.infer_shapes`` found.
     """
-    survey = _Survey(graph, sites, constants, shapes)
+    axes = sorted({site.unit_axis for site in sites})
+    return tuple(
+        space
+        for axis in axes
+        for space in _spaces_on(
+            axis, graph, sites, _Survey(graph, sites, constants, shapes, axis)
+        )
+    )
+
+
+def _spaces_on(
+    axis: int, graph: onnx.GraphProto, sites: Sequence[Site], survey: _Survey
+) -> Iterable[UnitSpace]:
     spaces = DisjointSets()
     pinned: set[str] = {value.name for value in (*graph.input, *graph.output)}
     users: dict[str, list[UnitConstant]] = {}
     sizes: dict[str, int] = {}
     weights = {name for site in sites if site.quantized for name in site.quantized.made}
     for index, node in enumerate(graph.node):
-        if node.output and (node.output[0] in constants or node.output[0] in weights):
+        if node.output and (node.output[0] in survey.constants or node.output[0] in weights):
             continue  # a constant, in whatever form
         roles = survey.roles(index, node)
         named = {name for role in roles for name in role.values}
@@ -96,7 +111,7 @@ def find_unit_spaces(
             users.setdefault(first, []).extend(role.constants)
             sizes[first] = role.size
             pinned.update(role.values if survey.shared(role.constants) else ())
-    return tuple(_assemble(spaces, pinned, users, sizes))
+    return _assemble(spaces, pinned, users, sizes, axis)
 
 
 def _assemble(
@@ -104,6 +119,7 @@ def _assemble(
     pinned: set[str],
     users: Mapping[str, list[UnitConstant]],
     sizes: Mapping[str, int],
+    axis: int,
 ) -> Iterable[UnitSpace]:
     values: dict[str, set[str]] = {}
     for name in spaces.names:
@@ -117,7 +133,7 @@ def _assemble(
         size_of[space] = sizes[name]
     for space, uses in found.items():
         if not values[space] & pinned:
-            yield UnitSpace(size_of[space], frozenset(values[space]), tuple(uses))
+            yield UnitSpace(size_of[space], frozenset(values[space]), tuple(uses), axis)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,18 +154,23 @@ class _Survey:
         sites: Sequence[Site],
         constants: Constants,
         shapes: Mapping[str, tuple[Dim, ...]],
+        axis: int,
     ) -> None:
         self._graph = graph
         self._makers = {n: index for index, node in enumerate(graph.node) for n in node.output}
-        self._sites = {site.node: site for site in sites}
-        self._constants = constants
+        self._axis = axis
+        self._sites = {site.node: site for site in sites if site.unit_axis == axis}
+        self.constants = constants
         self._shapes = shapes
-        self._elementwise = elementwise_values(graph, sites, constants, shapes)
+        self._elementwise = elementwise_values(graph, sites, constants, shapes, axis)
         self._readers: dict[str, int] = {}
         for node in graph.node:
             for name in reads(node):
                 self._readers[name] = self._readers.get(name, 0) + 1
-        self._handlers: dict[str, Callable[[int, onnx.NodeProto], tuple[_Role, ...]]] = {
+        self._handlers: dict[str, Callable[[int, onnx.NodeProto], tuple[_Role, ...]]] = {}
+        if axis != -1:  # of channels only what keeps them apart is known
+            return
+        self._handlers = {
             **dict.fromkeys(_NORMALIZATIONS, self._normalization),
             **dict.fromkeys(_REDUCTIONS, self._reduction),
             **dict.fromkeys(("Softmax", "LogSoftmax"), self._softmax),
@@ -176,7 +197,7 @@ class _Survey:
         """Whether one of ``constants`` is a matrix that others read too: it stays shared, in its order."""
         for use in constants:
             name = self._graph.node[use.node].input[use.input]
-            constant = self._constants[name]
+            constant = self.constants[name]
             readers = max(
                 self._readers.get(name, 0),
                 self._readers.get(constant.source, 0),
@@ -188,23 +209,16 @@ class _Survey:
     def _site(self, site: Site, node: onnx.NodeProto) -> tuple[_Role, ...]:
         if site.quantized is not None:
             return self._quantized_site(site, site.quantized)
-        flipped = bool(attribute_values(node).get("transB", 0))
+        inputs, outputs = site.units
+        flipped = bool(site.kernel) or bool(attribute_values(node).get("transB", 0))
+        # A convolution's weight is (N, K, kernel): with as many axes as its values, K on their unit axis.
+        first, second = (site.unit_axis, site.unit_axis - 1) if flipped else (-2, -1)
         bias = (
-            [UnitConstant(site.node, 2, -1)]
-            if self._is_per_unit(node, 2, site.shape[1])
-            else []
+            [UnitConstant(site.node, 2, -1)] if self._is_per_unit(node, 2, outputs, -1) else []
         )
         return (
-            _Role(
-                site.shape[0],
-                (site.input,),
-                (UnitConstant(site.node, 1, -1 if flipped else -2),),
-            ),
-            _Role(
-                site.shape[1],
-                (site.output,),
-                (UnitConstant(site.node, 1, -2 if flipped else -1), *bias),
-            ),
+            _Role(inputs, (site.input,), (UnitConstant(site.node, 1, first),)),
+            _Role(outputs, (site.output,), (UnitConstant(site.node, 1, second), *bias)),
         )
 
     def _quantized_site(self, site: Site, quantized: Quantized) -> tuple[_Role, ...]:
@@ -222,12 +236,13 @@ class _Survey:
             _Role(site.shape[1], (site.output, *bias), tuple(uses[1])),
         )
 
-    def _is_per_unit(self, node: onnx.NodeProto, position: int, size: int) -> bool:
-        """Whether an input is a constant with one entry per unit."""
-        if len(node.input) <= position or node.input[position] not in self._constants:
+    def _is_per_unit(
+        self, node: onnx.NodeProto, position: int, size: int, axis: int = -1
+    ) -> bool:
+        """Whether an input is a constant with one entry per unit along ``axis``."""
+        if len(node.input) <= position:
             return False
-        shape = self._constants[node.input[position]].shape
-        return bool(shape) and shape[-1] == size
+        return constant_units(self.constants, node.input[position], axis) == size
 
     def _per_unit(self, index: int, node: onnx.NodeProto) -> tuple[_Role, ...]:
         size = self._units(node.output[0]) or max(
@@ -236,17 +251,19 @@ class _Survey:
         if size <= 1:
             return ()
         per_unit = tuple(
-            UnitConstant(index, position, -1)
+            UnitConstant(index, position, axis)
             for position in range(len(node.input))
-            if self._is_per_unit(node, position, size)
+            if self._is_per_unit(
+                node, position, size, axis := constant_axis(node, position, self._axis)
+            )
         )
         return (_Role(size, self._elementwise[index], per_unit),)
 
     def _units(self, name: str) -> int | None:
-        """Size of the last axis, where it is known."""
-        shape = self._shapes.get(name)
-        last = shape[-1] if shape else None
-        return last if isinstance(last, int) else None
+        """Size of the unit axis, where it is known."""
+        shape = self._shapes.get(name, ())
+        size = shape[self._axis] if len(shape) >= -self._axis else None
+        return size if isinstance(size, int) else None
 
     def _rank(self, name: str) -> int | None:
         shape = self._shapes.get(name)
@@ -294,14 +311,14 @@ class _Survey:
 
     def _axes(self, node: onnx.NodeProto) -> list[int]:
         """The axes that a reduction names; none where they are not constant, or all are meant."""
-        if len(node.input) > 1 and node.input[1] in self._constants:
-            return [int(axis) for axis in self._constants.array(node.input[1]).ravel()]
+        if len(node.input) > 1 and node.input[1] in self.constants:
+            return [int(axis) for axis in self.constants.array(node.input[1]).ravel()]
         return list(attribute_values(node).get("axes", []))
 
     def _gather(self, index: int, node: onnx.NodeProto) -> tuple[_Role, ...]:
         data, axis = node.input[0], attribute_values(node).get("axis", 0)
-        if data in self._constants:
-            shape = self._constants[data].shape
+        if data in self.constants:
+            shape = self.constants[data].shape
             if len(shape) < 2 or axis in {-1, len(shape) - 1}:
                 return ()
             return (_Role(shape[-1], (node.output[0],), (UnitConstant(index, 0, -1),)),)
@@ -336,10 +353,10 @@ class _Survey:
         axis = attribute_values(node).get("axis", -1)
         if size is None or self._is_last(node.output[0], axis) is not False:
             return ()
-        values = tuple(name for name in node.input if name not in self._constants)
+        values = tuple(name for name in node.input if name not in self.constants)
         uses = tuple(
             UnitConstant(index, position, -1)
             for position, name in enumerate(node.input)
-            if name in self._constants
+            if name in self.constants
         )
         return (_Role(size, (node.output[0], *values), uses),)

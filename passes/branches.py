@@ -4,23 +4,29 @@
 
 Interior values never meet: one cut where a value comes in, one join where it goes out. Branches may read the same
 units of a value that comes in; they never make the same.
+
+Convolutions are written so with ``grouped``, too: the branches of a stack are the groups of one convolution, one after
+the other, and whatever works on each channel by itself takes them as they are.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_decompose.borders import gathered_order, layout_of
+from onnx_decompose.borders import gathered_order, is_run, layout_of
 from onnx_decompose.passes.site_weights import SiteWeights
 from onnx_decompose.passes.splice import Placed
+from onnx_decompose.per_unit import constant_axis, constant_units, neutral
 from onnx_decompose.state_graph import Branch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import onnx
     from numpy.typing import NDArray
@@ -70,9 +76,12 @@ class BranchEmitter:
     ) -> None:
         self._graph = graph
         self._region = region
-        self._branches = plan.branches
+        self._groups = _groups_of(plan)
+        self._branches = _strands_of(plan)
+        strands = dataclasses.replace(plan, branches=self._branches)
         self._positions = {
-            axis: plan.positions(axis) for axis in sorted(region.entry_axes | region.exit_axes)
+            axis: strands.positions(axis)
+            for axis in sorted(region.entry_axes | region.exit_axes)
         }
         self._common: dict[int, NDArray[np.intp]] = {}
         for axis in sorted(region.entry_axes):
@@ -81,9 +90,10 @@ class BranchEmitter:
                 self._gather_once(axis, order)
         self._weights = weights
         self._constants = constants
-        self._ops = ops
-        self._writer = SiteWeights(graph, constants, ops)
+        self._ops = ops.along(region.unit_axis)
+        self._writer = SiteWeights(graph, constants, self._ops)
         self._local: dict[str, list[Value]] = {}
+        self._made = {region.axis_of[site.output] for site in region.sites}
         self._blocks: dict[str, tuple[Block, ...]] = {}
 
     def emit(self) -> dict[str, tuple[Block, ...]]:
@@ -118,6 +128,7 @@ class BranchEmitter:
             )
             for branch, run in zip(self._branches, places, strict=True)
         )
+        self._groups = tuple((branch,) for branch in self._branches)
 
     def _units(self, name: str, branch: int) -> NDArray[np.intp]:
         return self._branches[branch].units[self._region.axis_of[name]]
@@ -125,17 +136,17 @@ class BranchEmitter:
     def _is_whole(self, name: str) -> bool:
         """Whether a single branch has all units of ``name``, which then stand at their places."""
         axis = self._region.axis_of[name]
-        return (
-            len(self._branches) == 1
-            and self._branches[0].units[axis].size == self._region.axis_sizes[axis]
-        )
+        if len(self._branches) > 1:
+            return False
+        (units,) = self._positions.get(axis, [self._branches[0].units[axis]])
+        at_border = axis in self._positions
+        return units.size == self._region.axis_sizes[axis] and (is_run(units) or not at_border)
 
     def _cut(self, name: str, place: int) -> list[Value]:
         """The branches' parts of a value that comes from outside."""
         value = gs.Variable(name)
         if self._is_whole(name):
             return [value]
-        axis = self._region.axis_of[name]
         axis = self._region.axis_of[name]
         positions, size = self._positions[axis], self._region.axis_sizes[axis]
         parts: list[Value] = [
@@ -160,14 +171,14 @@ class BranchEmitter:
     def _taken(
         self, value: Value, size: int, run: NDArray[np.intp], part: Value, at: tuple[str, int]
     ) -> Value:
-        """``part``: the ascending positions ``run`` of ``value``, which has ``size`` units; or ``value`` itself.
+        """``part``: the positions ``run`` of ``value``, which has ``size`` units; or ``value`` itself.
 
         ``at`` is a value of the same rank, and the place of the new node.
         """
         like, place = at
-        if run.size == size:
+        if is_run(run) and run.size == size:
             return value
-        if run[-1] - run[0] + 1 == run.size:
+        if is_run(run):
             self._ops.slice(value, int(run[0]), int(run[-1]) + 1, part, place, like)
         else:
             self._ops.gather(value, run, part, like, place)
@@ -184,9 +195,13 @@ class BranchEmitter:
         if layout_of(positions, self._region.axis_sizes[axis]) == "whole":
             self._ops.concat([parts[n] for n in _by_first(positions)], output, name, place)
             return
-        joined = gs.Variable(self._ops.fresh.name(f"{name}.joined"))
-        self._ops.concat(parts, joined, name, place)
-        self._ops.gather(joined, np.argsort(np.concatenate(positions)), output, name, place)
+        joined = parts[0]
+        if len(parts) > 1:
+            joined = gs.Variable(self._ops.fresh.name(f"{name}.joined"))
+            self._ops.concat(parts, joined, name, place)
+        # Padding repeats a unit after the unit itself: the first of equal positions is the one that counts.
+        first = np.unique(np.concatenate(positions), return_index=True)[1]
+        self._ops.gather(joined, first, output, name, place)
 
     def _outputs(self, name: str) -> list[Value]:
         """New values for what a node makes in each branch."""
@@ -206,36 +221,62 @@ class BranchEmitter:
         weight = self._weights[site.name]
         blocks: list[Block] = []
         for number, output in enumerate(self._outputs(site.output)):
-            units = self._units(site.input, number), self._units(site.output, number)
-            part = weight[np.ix_(*units)]
-            read, block = self._writer.operands(site, part, units, f"block{number}")
-            blocks.append(block)
-            inputs = [
-                read[position] if position in read else self._site_operand(site, name, number)
-                for position, name in enumerate(node.input)
+            count = len(self._groups[number])
+            parts = [
+                (weight[np.ix_(*units)], units) for units in self._site_units(site, number)
             ]
-            self._copy(node, inputs, output, site.node, number)
+            if count == 1:
+                read, block = self._writer.operands(site, *parts[0], f"block{number}")
+                blocks.append(block)
+            else:
+                sides = (self._units(name, number).size for name in (site.input, site.output))
+                size = tuple(side // count for side in sides)
+                tensor, stored = self._writer.groups(site, parts, size, f"block{number}")
+                read = {1: tensor}
+                blocks.extend(stored)
+            inputs = [
+                read[position]
+                if position in read
+                else self._site_operand(site, node, position, number)
+                for position in range(len(node.input))
+            ]
+            attributes = {"group": count} if count > 1 else {}
+            self._copy(node, inputs, output, site.node, number, attributes)
         self._blocks[site.name] = tuple(blocks)
 
-    def _site_operand(self, site: Site, name: str, number: int) -> Value:
+    def _site_units(
+        self, site: Site, number: int
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """Rows and columns of a site's matrix that each group of one branch has."""
+        source, target = self._region.axis_of[site.input], self._region.axis_of[site.output]
+        for branch in self._groups[number]:
+            yield site.rows(branch.units[source]), branch.units[target]
+
+    def _site_operand(
+        self, site: Site, node: onnx.NodeProto, position: int, number: int
+    ) -> Value:
         """What a site reads besides its weight, in one branch."""
+        name = node.input[position]
         if name in self._region.axis_of:
             return self._local[name][number]
-        if site.op_type == "Gemm" and name:
-            return self._sliced_constant(name, site.output, number)
+        if site.op_type in {"Conv", "Gemm"} and name:
+            return self._constant(node, position, site.output, number)
         return gs.Variable(name)
 
     def _elementwise(self, node: onnx.NodeProto, index: int) -> None:
-        for number, output in enumerate(self._outputs(node.output[0])):
+        made = node.output[0]
+        for number, output in enumerate(self._outputs(made)):
             inputs: list[Value] = []
-            for name in node.input:
+            for position, name in enumerate(node.input):
                 if name in self._region.axis_of:
                     inputs.append(self._local[name][number])
                 elif name in self._constants:
-                    inputs.append(self._sliced_constant(name, node.output[0], number))
+                    inputs.append(self._constant(node, position, made, number))
                 else:
                     inputs.append(gs.Variable(name))
-            self._copy(node, inputs, output, index, number)
+            units = self._units(made, number)
+            attributes = {"group": units.size} if node.op_type == "Conv" else {}
+            self._copy(node, inputs, output, index, number, attributes)
 
     def _copy(
         self,
@@ -244,28 +285,84 @@ class BranchEmitter:
         output: Value,
         place: int,
         number: int,
+        attributes: Mapping[str, Any],
     ) -> None:
         base = node.name or node.output[0]
         name = (
             base if len(self._branches) == 1 else self._ops.fresh.name(f"{base}.branch{number}")
         )
-        copy = gs.Node(node.op_type, name, {}, [*inputs], [output])
+        copy = gs.Node(node.op_type, name, dict(attributes), [*inputs], [output])
         self._ops.placed.append(Placed(copy, place, node))
 
-    def _sliced_constant(self, name: str, like: str, number: int) -> Value:
-        """The constant ``name`` restricted to the units that branch ``number`` has of the value ``like``."""
+    def _constant(self, node: onnx.NodeProto, position: int, like: str, number: int) -> Value:
+        """A constant input restricted to the units that branch ``number`` has of the value ``like``."""
+        name = node.input[position]
+        along = constant_axis(node, position, self._region.unit_axis)
         axis = self._region.axis_of[like]
-        shape = self._constants[name].shape
-        size = self._region.axis_sizes[axis]
-        units = self._branches[number].units[axis]
-        if not shape or shape[-1] != size:
+        size, units = self._region.axis_sizes[axis], self._branches[number].units[axis]
+        if size == 1 or constant_units(self._constants, name, along) != size:
             return gs.Variable(name)
         stored: Value = gs.Variable(name)
         if not np.array_equal(units, np.arange(size)):
-            values = self._constants.array(name)[..., units]
+            values = np.take(self._constants.array(name), units, axis=along)
+            if axis in self._made:
+                np.moveaxis(values, along, 0)[_is_padding(units)] = neutral(node, position)
             stored = self._ops.fresh.constant(f"{name}.branch{number}", values)
-        self._ops.note(name, units, stored.name, rows=math.prod(shape[:-1]))
+        rows = math.prod(self._constants[name].shape) // size
+        first = 0
+        for branch in self._groups[number]:
+            inside = branch.units[axis]
+            places = (
+                {}
+                if inside.size == units.size
+                else {"stored_columns": first + np.arange(inside.size)}
+            )
+            self._ops.note(
+                name,
+                inside,
+                stored.name,
+                rows=rows,
+                transposed=along != -1,
+                axis=along,
+                **places,
+            )
+            first += units.size // len(self._groups[number])
         return stored
+
+
+def _groups_of(plan: RegionPlan) -> tuple[tuple[Branch, ...], ...]:
+    """The branches that are written as the groups of one operator: each alone, but for stacks."""
+    if plan.grouping is None:
+        return tuple((branch,) for branch in plan.branches)
+    branches = iter(plan.branches)
+    return tuple(
+        tuple(itertools.islice(branches, stack.count)) for stack in plan.grouping.stacks
+    )
+
+
+def _strands_of(plan: RegionPlan) -> tuple[Branch, ...]:
+    """The units of each stack, its branches one after the other; a branch is padded with its last unit again."""
+    if plan.grouping is None:
+        return plan.branches
+    return tuple(
+        Branch(
+            tuple(
+                np.concatenate(
+                    [
+                        np.pad(b.units[axis], (0, size - b.units[axis].size), "edge")
+                        for b in group
+                    ]
+                )
+                for axis, size in enumerate(stack.sizes)
+            )
+        )
+        for stack, group in zip(plan.grouping.stacks, _groups_of(plan), strict=True)
+    )
+
+
+def _is_padding(units: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which units repeat the one before them."""
+    return np.concatenate([[False], units[1:] == units[:-1]])
 
 
 def _by_first(positions: Sequence[NDArray[np.intp]]) -> list[int]:

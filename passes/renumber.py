@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 
 from onnx_decompose.metadata import Block, Reordered
-from onnx_decompose.sites import node_names
+from onnx_decompose.sites import SITES, node_names
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -72,7 +73,7 @@ def renumber(
         node.input[position] = tensor.name
         result.nodes[index] = node
         result.tensors.append(tensor)
-        if position == 1 and node.op_type in {"Gemm", "MatMul"}:
+        if position == 1 and _is_site(node):
             result.blocks[names[index]] = (_block(node, axes, tensor),)
         else:
             result.reordered[tensor.name] = constant
@@ -88,10 +89,24 @@ def _uses(orders: Orders) -> Mapping[tuple[int, int], dict[int, NDArray[np.intp]
     return uses
 
 
+def _is_site(node: onnx.NodeProto) -> bool:
+    """Whether a node whose second input is of units is a site: of a convolution in groups those are no inputs."""
+    return node.op_type in SITES and not any(
+        a.name == "group" and a.i != 1 for a in node.attribute
+    )
+
+
 def _block(
     node: onnx.NodeProto, axes: Mapping[int, NDArray[np.intp]], tensor: gs.Constant
 ) -> Block:
     """A site's whole weight, its units in the order that they are stored in."""
+    if node.op_type == "Conv":
+        outputs, inputs, *kernel = tensor.values.shape
+        taps = math.prod(kernel)
+        units = axes.get(1 - tensor.values.ndim, np.arange(inputs, dtype=np.intp))
+        made = axes.get(-tensor.values.ndim, np.arange(outputs, dtype=np.intp))
+        entries = (units[:, None] * taps + np.arange(taps)).ravel()
+        return Block(entries, made, tensor.name, True)
     flipped = any(a.name == "transB" and a.i for a in node.attribute)
     stored = {
         axis: axes.get(axis, np.arange(tensor.values.shape[axis], dtype=np.intp))

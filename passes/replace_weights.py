@@ -13,7 +13,6 @@ from onnx_decompose.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult
 from onnx_decompose.passes.splice import Fresh, constant_nodes, with_nodes
 from onnx_decompose.quantized import weight_position
-from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,8 +109,8 @@ class _Edit:
     def weight(self, site: Site, weight: NDArray[Any]) -> None:
         """Let a site have another weight, stored as the old one is."""
         if site.quantized is None:
-            flipped = bool(attribute_values(self.nodes[site.node]).get("transB", 0))
-            tensor = self.constant(f"{site.tensor}.annealed", weight.T if flipped else weight)
+            laid = site.laid_out(weight, self.nodes[site.node])
+            tensor = self.constant(f"{site.tensor}.annealed", laid)
             self.own(site.node).input[weight_position(site.op_type)] = tensor
             return
         codes = site.quantized.codes

@@ -44,6 +44,11 @@ _EMITTERS: Mapping[Decision, Callable[..., Emitter]] = {
 """How each decision is written."""
 
 
+def _emitter(region: Region, plan: RegionPlan) -> Callable[..., Emitter]:
+    """Of convolutions, blocks in groups are branches with more than one block."""
+    return BranchEmitter if region.unit_axis != -1 else _EMITTERS[plan.decision]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class RewriteRegions(GraphPass):
     """Write some regions as branches.
@@ -55,6 +60,7 @@ class RewriteRegions(GraphPass):
         orders: unit spaces that are renumbered on the way, and which old unit stands at each place.
         record: filled with how each site's weight is spread over blocks, name -> blocks in branch order.
         constants: filled with how each per-unit constant of the regions is, name -> blocks of one row.
+        unit_axes: filled with the axis of each of those constants that has the units, counted from the last.
         reordered: filled with the other constants that are stored in a new order, by initializer.
     """
 
@@ -65,6 +71,7 @@ class RewriteRegions(GraphPass):
     record: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
     constants: dict[str, tuple[Block, ...]] = dataclasses.field(default_factory=dict)
     reordered: dict[str, Reordered] = dataclasses.field(default_factory=dict)
+    unit_axes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
         """The regions' nodes, those with constants in a new order, and the constant nodes that only they read."""
@@ -89,8 +96,9 @@ class RewriteRegions(GraphPass):
         ops = TensorOps(opset_of(model.proto), self.shapes, Fresh(graph))
         for region, plan in self.plans:
             weights = {site.name: self.weight(site) for site in region.sites}
-            emitter = _EMITTERS[plan.decision](graph, region, plan, weights, constants, ops)
+            emitter = _emitter(region, plan)(graph, region, plan, weights, constants, ops)
             self.record.update(emitter.emit())
+        self.unit_axes.update(ops.unit_axes)
         self.constants.update({name: tuple(parts) for name, parts in ops.constants.items()})
         removed = {index for region, _ in self.plans for index in region.nodes}
         made = {

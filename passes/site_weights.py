@@ -13,6 +13,8 @@ from onnx_decompose.quantized import weight_position
 from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx
     from numpy.typing import NDArray
 
@@ -52,8 +54,8 @@ class SiteWeights:
 
         Args:
             site: the site.
-            part: the stored entries, (inputs, outputs).
-            units: which inputs and outputs these are.
+            part: the stored entries, (rows, columns) of the weight as a matrix.
+            units: which rows and columns these are.
             suffix: for names.
 
         Returns:
@@ -63,8 +65,8 @@ class SiteWeights:
         position = weight_position(site.op_type)
         if site.quantized is None:
             node = self._graph.node[site.node]
-            flipped = bool(attribute_values(node).get("transB", 0))
-            tensor = self._store(site, part.T if flipped else part, suffix)
+            flipped = bool(site.kernel or attribute_values(node).get("transB", 0))
+            tensor = self._store(site, site.laid_out(part, node), suffix)
             return {position: tensor}, Block(*units, tensor.name, flipped)
         quantized = site.quantized
         laid = quantized.codes.stored(part, 2)
@@ -79,6 +81,47 @@ class SiteWeights:
         if quantized.made:
             read[position] = self._made(quantized, sliced, suffix, site.node)
         return read, block
+
+    def groups(
+        self,
+        site: Site,
+        parts: Sequence[tuple[NDArray[Any], tuple[IntArray, IntArray]]],
+        size: tuple[int, ...],
+        suffix: str,
+    ) -> tuple[Value, list[Block]]:
+        """Store parts of a convolution's weight as its groups, each padded to ``size`` inputs and outputs.
+
+        Args:
+            site: a convolution.
+            parts: entries, (rows, columns) of the weight as a matrix, and which rows and columns these are.
+            size: inputs and outputs of each group.
+            suffix: for names.
+
+        Returns:
+            The weight, and where each part is stored.
+        """
+        inputs, outputs = size
+        padded = np.zeros((inputs * site.taps, len(parts), outputs), parts[0][0].dtype)
+        blocks: list[Block] = []
+        node = self._graph.node[site.node]
+        wanted = f"{site.tensor}.{suffix}"
+        for place, (part, _) in enumerate(parts):
+            padded[: part.shape[0], place, : part.shape[1]] = part
+        laid = site.laid_out(padded.reshape(padded.shape[0], -1), node)
+        tensor = self._ops.fresh.constant(wanted, laid)
+        for place, (_, (rows, columns)) in enumerate(parts):
+            full = rows.size == padded.shape[0]
+            blocks.append(
+                Block(
+                    rows,
+                    columns,
+                    tensor.name,
+                    True,
+                    stored_rows=None if full else np.arange(rows.size),
+                    stored_columns=place * outputs + np.arange(columns.size),
+                )
+            )
+        return tensor, blocks
 
     def _store(self, site: Site, values: NDArray[Any], suffix: str) -> gs.Constant:
         return self._ops.fresh.constant(f"{site.tensor}.{suffix}", values)

@@ -1,7 +1,8 @@
-"""Operators on the last axis of values, in whatever form a model's operator set has, and where constants go."""
+"""Operators on the unit axis of values, in whatever form a model's operator set has, and where constants go."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -24,20 +25,28 @@ __all__ = ["TensorOps"]
 
 
 class TensorOps:
-    """Operators on the last axis, in the form that the model's operator set has."""
+    """Operators on the unit axis, in the form that the model's operator set has."""
 
     def __init__(self, opset: int, shapes: Mapping[str, tuple[Dim, ...]], fresh: Fresh) -> None:
+        self.unit_axis = -1
         self.opset = opset
         self.shapes = shapes
         self._ranks = {name: len(shape) for name, shape in shapes.items()}
         self.fresh = fresh
         self.placed: list[Placed] = []
         self.constants: dict[str, list[Block]] = {}
+        self.unit_axes: dict[str, int] = {}
         self._noted: set[tuple[str, str, int | None, bytes, bytes]] = set()
 
+    def along(self, unit_axis: int) -> TensorOps:
+        """The same operators, nodes and notes, on another axis, counted from the last."""
+        other = copy.copy(self)
+        other.unit_axis = unit_axis
+        return other
+
     def axis(self, value: str) -> int:
-        """The last axis of ``value`` as an attribute; negative axes came with operator set 11."""
-        return -1 if self.opset >= 11 else self._ranks[value] - 1
+        """The unit axis of ``value`` as an attribute; negative axes came with operator set 11."""
+        return self.unit_axis if self.opset >= 11 else self._ranks[value] + self.unit_axis
 
     def add(
         self,
@@ -64,6 +73,7 @@ class TensorOps:
         *,
         rows: int = 1,
         transposed: bool = False,
+        axis: int = -1,
         **places: Any,
     ) -> None:
         """Write down where ``units`` of a per-unit constant lie now; ``places`` as of :class:`Block`.
@@ -74,19 +84,22 @@ class TensorOps:
             constant: its name.
             units: some of its units.
             stored: the tensor that holds them.
-            rows: entries that each unit has: the product of the axes before the last one.
+            rows: entries that each unit has: the product of the other axes.
             transposed: the units are the first of the tensor's axes that are not 1.
+            axis: of the constant that has the units, counted from the last.
             places: fields of the block.
         """
-        self.note_block(constant, Block(np.arange(rows), units, stored, transposed, **places))
+        block = Block(np.arange(rows), units, stored, transposed, **places)
+        self.note_block(constant, block, axis)
 
-    def note_block(self, constant: str, block: Block) -> None:
-        """Write down where a part of a constant lies now, rows taken before its last axis; see :meth:`note`."""
+    def note_block(self, constant: str, block: Block, axis: int = -1) -> None:
+        """Write down where a part of a constant lies now, rows taken of all other axes; see :meth:`note`."""
         units = block.rows.tobytes(), block.columns.tobytes()
         key = (constant, block.initializer, block.part, *units)
         if key in self._noted:
             return
         self._noted.add(key)
+        self.unit_axes[constant] = axis
         self.constants.setdefault(constant, []).append(block)
 
     def split(
@@ -98,7 +111,7 @@ class TensorOps:
         *,
         axis: int | None = None,
     ) -> None:
-        """Cut ``value`` into consecutive runs of ``sizes``; along its last axis unless told otherwise."""
+        """Cut ``value`` into consecutive runs of ``sizes``; along its unit axis unless told otherwise."""
         axis = self.axis(value.name) if axis is None else axis
         if self.opset >= 13:
             lengths = self.fresh.constant(f"{value.name}.sizes", np.asarray(sizes, np.int64))

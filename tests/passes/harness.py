@@ -148,7 +148,7 @@ def passes_for(
     chosen = [(region, plan) for region, plan in plans if plan.decision != "dense"]
     numbering = choose_numbering(study.spaces, chosen)
     weights: dict[Site, Array] = {
-        site: study.annealed(site, mask)
+        site: study.annealed(site, site.entries(mask))
         for region, plan in chosen
         for site, mask in zip(region.sites, plan.masks, strict=True)
     }

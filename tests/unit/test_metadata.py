@@ -138,8 +138,18 @@ class TestBlock:
         used = np.zeros(kernel.shape, bool)
         block.view(used)[np.ix_(*block.places)] = True
         assert np.flatnonzero(used).tolist() == [6, 8]
-        with pytest.raises(ValueError, match="4 axes"):
-            block.read(np.zeros((6, 1, 1, 2)))
+        with pytest.raises(ValueError, match="another shape"):
+            block.read(np.zeros((4, 2, 1, 1)))
+        with pytest.raises(ValueError, match="1 axes"):
+            block.read(np.zeros(6))
+
+    def test_rows_of_a_kernel_follow_each_other(self) -> None:
+        """Two outputs, two inputs, kernels of three entries: a matrix of six rows."""
+        kernel = np.arange(12).reshape(2, 2, 3)
+        block = part_of(
+            transposed=True, stored_rows=np.array([2, 3]), stored_columns=np.array([1, 0])
+        )
+        np.testing.assert_array_equal(block.read(kernel), [[8, 2], [9, 3]])
 
     def test_a_part_of_a_stack_that_is_broadcast(self) -> None:
         block = part_of(part=1, stored_rows=np.array([0, 2]), stored_columns=np.array([3, 1]))

@@ -111,15 +111,16 @@ def graph(body: str, tensors: str = MATRIX, head: str = "float[B, 2] x") -> str:
             "Einsum (bi,ij->bji) is not taken apart; export it as a MatMul",
         ),
         (
-            "y = Conv <kernel_shape = [3]> (x, k)",
-            "float[2, 2, 3] k = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}",
-            "a convolution; channels are not taken apart",
+            "y = ConvTranspose <kernel_shape = [1]> (x, k)",
+            "float[2, 2, 1] k = {0, 0, 0, 0}",
+            "a transposed convolution; its channels are not taken apart",
         ),
         (
-            "y = Conv <kernel_shape = [1]> (x, k)",
-            "float[2, 2, 1] k = {0, 0, 0, 0}",
-            "a 1x1 convolution; it is not written as a grouped one",
+            "y = Conv <group = 2> (x, k)",
+            "float[2, 1, 1] k = {0, 0}",
+            "the convolution has 2 groups already",
         ),
+        ("y = Conv (x, k, x)", "float[2, 2, 1] k = {0, 0, 0, 0}", "the bias is not a constant"),
         *(
             (f"y = {op} <hidden_size = 1> (x, r, r)", "float[1, 1, 2] r = {0, 0}", None)
             for op in ("GRU", "LSTM", "RNN")
