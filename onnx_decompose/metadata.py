@@ -36,6 +36,7 @@ __all__ = [
     "digest",
     "parse_units",
     "read_decomposition",
+    "rewritten_before",
     "units_text",
     "write_decomposition",
 ]
@@ -319,6 +320,16 @@ def read_decomposition(proto: onnx.ModelProto, label: str) -> Decomposition | No
 def carry_the_same(first: onnx.ModelProto, second: onnx.ModelProto) -> bool:
     """Whether both models carry one decomposition: that of an earlier rewrite, which made the first of them."""
     return _text(first) == _text(second) is not None
+
+
+def rewritten_before(proto: onnx.ModelProto) -> str | None:
+    """Why a model is not rewritten again; None for one that never was.
+
+    Its metadata speaks of the model before the first rewrite, and would be lost, with the proof of it.
+    """
+    if _text(proto) is None:
+        return None
+    return "the model was rewritten before; rewrite the original instead"
 
 
 def _text(proto: onnx.ModelProto) -> str | None:

@@ -51,6 +51,10 @@ __all__ = [
 ]
 
 
+_PACKED = {"UINT4": 2, "INT4": 2, "FLOAT4E2M1": 2, "UINT2": 4, "INT2": 4}
+"""How many numbers of a type share a byte."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """A model that passed the border checks.
@@ -303,6 +307,20 @@ def _check_graph(model: Model) -> None:
         seen.add(tensor.name)
         _check_size(model, tensor)
     _check_order(model, seen)
+    _check_attributes(model, proto.graph)
+
+
+def _check_attributes(model: Model, graph: onnx.GraphProto) -> None:
+    """Only a function's nodes may refer to attributes of a call (ONNX IR specification, 'Attributes')."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                raise ModelError(
+                    f"{model.label}: node '{node.name or node.op_type}' takes '{attribute.name}' from a call, and is "
+                    "in no function; export the model again"
+                )
+            for inner in (attribute.g, *attribute.graphs):
+                _check_attributes(model, inner)
 
 
 def _check_order(model: Model, initializers: set[str]) -> None:
@@ -311,6 +329,12 @@ def _check_order(model: Model, initializers: set[str]) -> None:
     known = initializers | {value.name for value in graph.input} | {""}
     known |= {sparse.values.name for sparse in graph.sparse_initializer}
     for node in graph.node:
+        twice = [name for name in node.output if name and name in known]
+        if twice:
+            raise ModelError(
+                f"{model.label}: node '{node.name or node.op_type}' makes '{twice[0]}', which is there already; "
+                "export the model again"
+            )
         missing = [name for name in node.input if name not in known]
         if missing:
             raise ModelError(
@@ -339,8 +363,8 @@ def _check_size(model: Model, tensor: onnx.TensorProto) -> None:
     count = 1
     for size in tensor.dims:
         count *= size
-    packed = itemsize == 1 and len(tensor.raw_data) < count  # 4-bit types hold two to a byte
-    if not packed and count * itemsize != len(tensor.raw_data):
+    in_a_byte = _PACKED.get(onnx.TensorProto.DataType.Name(tensor.data_type), 1)
+    if -(-count * itemsize // in_a_byte) != len(tensor.raw_data):
         raise ModelError(
             f"{model.label}: tensor '{tensor.name}' declares shape {list(tensor.dims)} but holds "
             f"{len(tensor.raw_data)} bytes; export the model again"
@@ -361,6 +385,10 @@ def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
             f"{where} has a broken external data entry ({_one_line(error)})"
         ) from error
     folder = model.folder.resolve()
+    if "\0" in info.location:  # no file system has such names, and Python refuses to ask
+        raise ModelError(
+            f"{where} points to a file whose name holds a zero byte; export it again"
+        )
     path = (folder / info.location).resolve()
     if not path.is_relative_to(folder) or not info.location:
         raise ModelError(

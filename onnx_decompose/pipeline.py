@@ -18,6 +18,7 @@ from onnx_decompose.cost_cache import cost_model, prepare, store
 from onnx_decompose.decompose import Attempt, annealed_model
 from onnx_decompose.errors import OptionError
 from onnx_decompose.gather import gather_all
+from onnx_decompose.metadata import rewritten_before
 from onnx_decompose.metrics import load_metric
 from onnx_decompose.model_io import (
     Model,
@@ -35,6 +36,7 @@ from onnx_decompose.sessions import Provider, resolve_provider
 from onnx_decompose.study import study_model
 from onnx_decompose.summarize import Measured, alternatives, report_on
 from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.validity import blaming
 from onnx_decompose.verify import (
     Inputs,
     Tolerance,
@@ -82,14 +84,16 @@ def analyze(source: Source, options: Options | None = None) -> Report:
         InputError: the model or an option cannot be used.
     """
     options = options or Options()
-    study = study_model(load_model(source))
-    evidence = gather_all(study, options)
-    criterion = make_criterion(options.criterion, options.alpha)
-    cost = cost_model(Provider.CPU, options.batch)
-    tried = attempt_with(study, evidence, criterion, options, cost)
-    return report_on(
-        tried, options, Measured(), others=tuple(alternatives(study, options, cost, tried))
-    )
+    model = load_model(source)
+    with blaming(model):
+        study = study_model(model)
+        evidence = gather_all(study, options)
+        criterion = make_criterion(options.criterion, options.alpha)
+        cost = cost_model(Provider.CPU, options.batch)
+        tried = attempt_with(study, evidence, criterion, options, cost)
+        refusal = rewritten_before(model.proto)
+        others = () if refusal else tuple(alternatives(study, options, cost, tried))
+        return report_on(tried, options, Measured(), others=others, refusal=refusal)
 
 
 def rewrite(
@@ -107,9 +111,14 @@ def rewrite(
         InputError: the model, the data or an option cannot be used.
         ProviderError: the asked provider cannot run here.
     """
-    options = options or Options()
-    study = study_model(load_model(source))
-    output = None if output is None else Path(output)
+    model = load_model(source)
+    with blaming(model):
+        return _rewrite(model, None if output is None else Path(output), options or Options())
+
+
+def _rewrite(model: Model, output: Path | None, options: Options) -> Rewrite:
+    """As ``rewrite``, of a model that was read."""
+    study = study_model(model)
     if output is not None:
         check_output(output, inputs=model_files(study.source))
     logger.info(
@@ -166,14 +175,15 @@ def validate(  # noqa: PLR0913 (the command's options)
         raise OptionError(f"budget {budget} is negative; give 0 for exact, or a small number")
     before, after = load_model(original), load_model(rewritten)
     samples = None if inputs is None else load_inputs(Path(inputs), graph_inputs(before.proto))
-    return validate_models(
-        before,
-        after,
-        inputs=Inputs(samples, seeds=seeds, seed=seed),
-        provider=resolve_provider(provider),
-        budget=budget,
-        tolerance=tolerance,
-    )
+    with blaming(before, after):
+        return validate_models(
+            before,
+            after,
+            inputs=Inputs(samples, seeds=seeds, seed=seed),
+            provider=resolve_provider(provider),
+            budget=budget,
+            tolerance=tolerance,
+        )
 
 
 def bench(
@@ -202,9 +212,10 @@ def bench(
     before, after = load_model(original), load_model(rewritten)
     samples = None if inputs is None else load_inputs(Path(inputs), graph_inputs(before.proto))
     options = Options(batch=batch, seed=seed)
-    return time_models(
-        before, after, Inputs(samples, seed=seed), resolve_provider(provider), options
-    )
+    with blaming(before, after):
+        return time_models(
+            before, after, Inputs(samples, seed=seed), resolve_provider(provider), options
+        )
 
 
 def calibrate(*, provider: ProviderChoice = "auto", seed: int = 0) -> tuple[CostModel, Path]:

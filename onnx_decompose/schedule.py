@@ -18,6 +18,7 @@ from onnx_decompose.calibrated_search import Calibrated, calibrate_within_budget
 from onnx_decompose.cost_cache import cost_model
 from onnx_decompose.decompose import Attempt, annealed_model, attempt
 from onnx_decompose.gather import gather_all
+from onnx_decompose.metadata import rewritten_before
 from onnx_decompose.summarize import reason_of
 from onnx_decompose.verify import AnnealingClaim, measure_annealing
 
@@ -56,6 +57,10 @@ def anneal_within_budget(
 ) -> Annealed:
     """The fastest attempt, as predicted, whose measured error is inside the budget."""
     cost = cost_model(provider, options.batch)
+    before = rewritten_before(study.source.proto)
+    if before is not None:
+        *_, (evidence, criterion) = _levels(study, options)
+        return Annealed(attempt_with(study, evidence, criterion, options, cost), before, inputs)
     tried, refusal = _tested(study, options, inputs, provider, cost)
     if not options.calibrates:
         return Annealed(tried, refusal, inputs)

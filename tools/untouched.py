@@ -37,7 +37,7 @@ _FIELDS = (
         "model_version",
         "doc_string",
     ),
-    *("opset_import", "training_info"),
+    "training_info",
 )
 
 
@@ -59,6 +59,7 @@ def untouched_faults(original: Path, rewritten: Path) -> list[str]:
         frozenset(_opened(after.proto.graph)),
     )
     return [
+        *_import_faults(before.proto, after.proto),
         *_model_faults(before.proto, after.proto),
         *_function_faults(before.proto, after.proto),
         *_node_faults(before.proto.graph, after.proto.graph, found),
@@ -149,6 +150,14 @@ def _reordered(model: Model) -> set[str]:
         s.blocks[0].initializer for s in decomposition.sites.values() if len(s.blocks) == 1
     }
     return whole | decomposition.reordered.keys()
+
+
+def _import_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
+    imports = _bytes(before.opset_import)
+    if (
+        _bytes(after.opset_import)[: len(imports)] != imports
+    ):  # a new operator may bring a domain
+        yield "model field opset_import changed"
 
 
 def _model_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:

@@ -44,6 +44,7 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "Exp": {},
     "Cos": {},
 }
+_PLACES = (*("",) * 7, "function", "branch", "loop")
 _TYPES = {
     "float32": onnx.TensorProto.FLOAT,
     "float64": onnx.TensorProto.DOUBLE,
@@ -63,6 +64,7 @@ class Recipe:
         dtype: of all floats.
         noise: where blocks have no entries: 0, or the deviation of normal numbers.
         embedded: token numbers come in, and are looked up.
+        inside: what all nodes are in: nothing but the main graph, a "function", or the body of a "branch" or a "loop".
     """
 
     seed: int
@@ -73,6 +75,7 @@ class Recipe:
     dtype: str = "float32"
     noise: float = 0.0
     embedded: bool = False
+    inside: str = ""
 
     @classmethod
     def drawn(cls, seed: int, noise: float = 0.0) -> Recipe:
@@ -87,6 +90,7 @@ class Recipe:
             dtype=str(rng.choice(["float32"] * 4 + ["float64"])),
             noise=noise,
             embedded=bool(rng.random() < 0.15),
+            inside=str(rng.choice(_PLACES)),
         )
 
 
@@ -112,6 +116,21 @@ class Value:
 def random_model(recipe: Recipe) -> onnx.ModelProto:
     """The model that ``recipe`` describes."""
     return _Builder(recipe).build()
+
+
+def _renamed(item: Any, names: dict[str, str]) -> Any:
+    """A copy of a node, a value or a tensor, with other names for some values; graphs inside capture these."""
+    copy = type(item)()
+    copy.CopyFrom(item)
+    if not isinstance(item, onnx.NodeProto):
+        copy.name = names.get(item.name, item.name)
+        return copy
+    copy.input[:] = [names.get(name, name) for name in item.input]
+    copy.output[:] = [names.get(name, name) for name in item.output]
+    for attribute in copy.attribute:
+        for node in attribute.g.node:
+            node.CopyFrom(_renamed(node, names))
+    return copy
 
 
 class _Builder:
@@ -154,7 +173,74 @@ class _Builder:
         ]
         graph = helper.make_graph(self._nodes, "random", [given], made, self._tensors)
         opset = helper.make_opsetid("", self._recipe.opset)
-        return helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        if self._recipe.inside and self._recipe.opset >= 13:
+            getattr(self, f"_into_{self._recipe.inside}")(model)
+        return model
+
+    def _into_function(self, model: onnx.ModelProto) -> None:
+        """All nodes in a function that takes the stored tensors as arguments."""
+        graph = model.graph
+        taken = ["x", *(tensor.name for tensor in graph.initializer)]
+        made = [value.name for value in graph.output]
+        imports = list(model.opset_import)
+        function = helper.make_function("own", "Network", taken, made, graph.node, imports)
+        model.functions.append(function)
+        model.opset_import.append(helper.make_opsetid("own", 1))
+        call = helper.make_node("Network", taken, made, "network", domain="own")
+        del graph.node[:]
+        graph.node.append(call)
+
+    def _into_branch(self, model: onnx.ModelProto) -> None:
+        """All nodes in one branch of an If; the other makes twice as much of what that one does."""
+        graph = model.graph
+        branches = []
+        for label in ("then", "else"):
+            names = {name: f"{label}_{name}" for node in graph.node for name in node.output}
+            made = [_renamed(value, names) for value in graph.output]
+            nodes = [_renamed(node, names) for node in graph.node]
+            if label == "else":
+                for value in made:
+                    nodes.append(
+                        helper.make_node("Add", [value.name, value.name], [f"{value.name}_2"])
+                    )
+                    value.name += "_2"
+            branches.append(helper.make_graph(nodes, label, [], made))
+        if self._chance(0.5):  # with tensors of its own
+            branches[0].initializer.extend(_renamed(t, {}) for t in graph.initializer)
+        graph.input.append(helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
+        node = helper.make_node(
+            "If",
+            ["flag"],
+            [value.name for value in graph.output],
+            "choice",
+            then_branch=branches[0],
+            else_branch=branches[1],
+        )
+        del graph.node[:]
+        graph.node.append(node)
+
+    def _into_loop(self, model: onnx.ModelProto) -> None:
+        """All nodes in the body of a Loop that runs twice; every output gets an axis for the runs."""
+        graph = model.graph
+        states = [
+            helper.make_tensor_value_info("step", onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info("more", onnx.TensorProto.BOOL, []),
+        ]
+        names = {name: f"body_{name}" for node in graph.node for name in node.output}
+        nodes = [_renamed(node, names) for node in graph.node]
+        nodes.append(helper.make_node("Identity", ["more"], ["still"]))
+        still = helper.make_tensor_value_info("still", onnx.TensorProto.BOOL, [])
+        made = [still, *(_renamed(value, names) for value in graph.output)]
+        body = helper.make_graph(nodes, "body", states, made)
+        graph.initializer.append(numpy_helper.from_array(np.array(2), "times"))
+        outputs = [value.name for value in graph.output]
+        node = helper.make_node("Loop", ["times", ""], outputs, "steps", body=body)
+        for value in graph.output:
+            sizes = [2, *(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)]
+            value.CopyFrom(helper.make_tensor_value_info(value.name, self._type, sizes))
+        del graph.node[:]
+        graph.node.append(node)
 
     def _chance(self, share: float) -> bool:
         return bool(self._rng.random() < share)
@@ -259,12 +345,37 @@ class _Builder:
                 return name
             if inputs is columns and outputs is rows and self._chance(0.3):
                 return self._helper("Transpose", [name], perm=[1, 0])
+        # onnxruntime 1.32 does not load models with such weights outside the body that reads them.
+        integers = self._dtype == np.float32 and self._recipe.opset >= 13
+        if integers and self._recipe.inside in {"", "function"} and self._chance(0.1):
+            name = self._quantized(self._weight(rows, columns))
+            self._weights.append((name, rows, columns))
+            return name
         if self._chance(0.2):
             name = self._constant("w", self._weight(columns, rows))
             self._weights.append((name, columns, rows))
             return self._helper("Transpose", [name], perm=[1, 0])
         name = self._constant("w", self._weight(rows, columns))
         self._weights.append((name, rows, columns))
+        return name
+
+    def _quantized(self, weight: Array) -> str:
+        """A weight as integers of 8 bits, with a scale for all or one for each output."""
+        per_output = self._chance(0.5)
+        largest = np.abs(weight).max(axis=0 if per_output else None)
+        scale = np.maximum(largest, 0.1) / 127
+        zero = int(self._rng.choice([0, 0, 7]))
+        stored = np.clip(np.rint(weight / scale) + zero, -128, 127)
+        inputs = [
+            self._stored("q", stored.astype(np.int8)),
+            self._stored("scale", scale.astype(np.float32)),
+            self._stored("zero", np.full(np.shape(scale), zero, np.int8)),
+        ]
+        return self._helper("DequantizeLinear", inputs, axis=1)
+
+    def _stored(self, what: str, values: Array) -> str:
+        name = f"{what}{len(self._tensors) + len(self._nodes)}"
+        self._tensors.append(numpy_helper.from_array(np.asarray(values), name))
         return name
 
     def _site(self, value: Value) -> Value:

@@ -210,6 +210,13 @@ def damage_type(model: onnx.ModelProto) -> None:
     initializer(model, "down.weight").data_type = 999
 
 
+def damage_bytes(model: onnx.ModelProto) -> None:
+    """A weight of bytes that holds fewer than it says."""
+    tensor = initializer(model, "down.weight")
+    tensor.data_type = onnx.TensorProto.INT8
+    tensor.dims[:] = [1 << 40]
+
+
 TENSOR_DAMAGES: dict[str, Callable[[onnx.ModelProto], None]] = {
     "NaN": damage_nan,
     "infinite": damage_infinite,
@@ -221,6 +228,7 @@ TENSOR_DAMAGES: dict[str, Callable[[onnx.ModelProto], None]] = {
     "no data": damage_no_data,
     "float data": damage_float_data,
     "unknown type": damage_type,
+    "bytes": damage_bytes,
 }
 
 
@@ -264,6 +272,35 @@ class TestGraph:
     ) -> None:
         eight.model.graph.output[0].name = "z"
         border.refuse_model(save(eight.model, tmp_path / "g.onnx"), "'z'")
+
+    def test_a_value_that_is_made_twice(
+        self, border: Border, eight: Planted, tmp_path: Path
+    ) -> None:
+        last = eight.model.graph.node[-1]
+        twin = eight.model.graph.node.add(name="twin", op_type="Neg", input=last.input[:1])
+        twin.output[:] = last.output
+        border.refuse_model(save(eight.model, tmp_path / "g.onnx"), "'twin'", last.output[0])
+
+    def test_an_attribute_of_a_call_outside_of_functions(
+        self, border: Border, eight: Planted, tmp_path: Path
+    ) -> None:
+        attribute = eight.model.graph.node[0].attribute.add(name="axis", type="INT")
+        attribute.ref_attr_name = "outer"
+        border.refuse_model(save(eight.model, tmp_path / "g.onnx"), "'up'", "'axis'")
+
+    def test_what_only_the_checker_objects_to(
+        self, border: Border, rng: np.random.Generator, tmp_path: Path
+    ) -> None:
+        """A Softmax over an axis that is text: nothing looks at it before the unit spaces do."""
+        model = plant(Recipe(), rng).model
+        last = model.graph.output[0]
+        axis = onnx.helper.make_attribute("axis", "text")
+        node = onnx.helper.make_node("Softmax", [last.name], ["softmax"], "soft")
+        node.attribute.append(axis)
+        model.graph.node.append(node)
+        last.name = "softmax"
+        path = save(model, tmp_path / "g.onnx")
+        border.refuse("analyze", path, names=("g.onnx", "not a valid ONNX model", "axis"))
 
     def test_no_outputs(self, border: Border, eight: Planted, tmp_path: Path) -> None:
         del eight.model.graph.output[:]
@@ -369,6 +406,10 @@ class TestExternalData:
     def test_empty_location(self, border: Border, external: Path) -> None:
         self.point(external, "location", "")
         self.refuse(border, external, "down.weight")
+
+    def test_a_name_with_a_zero_byte(self, border: Border, external: Path) -> None:
+        self.point(external, "location", "model\0data")
+        self.refuse(border, external, "down.weight", "zero byte")
 
     def test_the_data_is_a_folder(self, border: Border, external: Path) -> None:
         (external.parent / "sub").mkdir()

@@ -293,15 +293,19 @@ def live_partition(
     }
 
 
-def test_what_was_rewritten_before_and_is_left_alone_is_valid(
-    command: Command, eight: Planted, tmp_path: Path
+@pytest.mark.parametrize("second", ["split", "triangular", "shared"])
+def test_what_was_rewritten_before_is_left_alone_and_valid(
+    command: Command, eight: Planted, tmp_path: Path, second: str
 ) -> None:
-    """Its metadata is of the first rewrite, and says nothing of the second."""
+    """Its metadata is of the first rewrite, and would be lost in a second one."""
     model, once, twice = (tmp_path / f"{name}.onnx" for name in ("model", "once", "twice"))
     save(eight.model, model)
     options = ("--emit", "split", "--force", "--batch", "1")
     assert command("rewrite", model, "-o", once, *options).code == 0
-    assert command("rewrite", once, "-o", twice, *options).last_line.startswith("nothing to do")
+    others = ("--emit", second, *options[2:])
+    told = "nothing to do: the model was rewritten before; rewrite the original instead"
+    assert command("rewrite", once, "-o", twice, *others).last_line == told
+    assert command("analyze", once).last_line.endswith("rewrite the original instead")
     assert twice.read_bytes() == once.read_bytes()
     result = command("validate", once, twice, "--samples", "1")
     assert (result.code, result.err) == (0, "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from onnx_decompose.sessions import Provider
 from onnx_decompose.study import study_model
 from onnx_decompose.verify import Inputs, measure_annealing, structural_claim, validate_models
 from tests.passes.harness import FREE, check_rest, feeds_for, run
+from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:
     from onnx_decompose.decompose import Attempt
@@ -99,13 +102,26 @@ def check_rewrite(
             budget=largest_rounding(proto),
         )
         assert exact, exact.outputs
-    touched = touched_nodes(outcome.tried)
+    check_untouched(proto, stored, outcome.tried)
+    check_again(original, rewritten, emit, free=free)
+    return outcome
+
+
+def check_untouched(proto: onnx.ModelProto, stored: bytes, tried: Attempt) -> None:
+    """The rewritten model is the original in everything that was not rewritten."""
+    if (
+        tried.study.model.proto is not proto
+    ):  # opened: its nodes are not those of the main graph
+        with tempfile.TemporaryDirectory() as folder:
+            before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+            before.write_bytes(proto.SerializeToString())
+            after.write_bytes(stored)
+            assert untouched_faults(before, after) == []
+        return
     rest = onnx.ModelProto.FromString(stored)
     while len(rest.metadata_props) > len(proto.metadata_props):
         rest.metadata_props.pop()
-    check_rest(proto, rest, touched)
-    check_again(original, rewritten, emit, free=free)
-    return outcome
+    check_rest(proto, rest, touched_nodes(tried))
 
 
 def check_again(original: Model, rewritten: Model, emit: Emit, *, free: bool) -> None:
