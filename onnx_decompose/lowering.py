@@ -121,7 +121,7 @@ class _Group:
         """The same for the product, which keeps the node's name, if that is not the name of a value."""
         made = self.add(op, inputs, output, **attributes)
         is_value = self.name in self.node.output
-        self.nodes[-1].name = f"{self.name}/{op}" if is_value else self.name
+        self.nodes[-1].name = f"{self.name}//{op}" if is_value else self.name
         return made
 
     def integers(self, *values: int) -> str:

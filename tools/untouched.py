@@ -45,8 +45,8 @@ def untouched_faults(original: Path, rewritten: Path) -> list[str]:
     """Everything that the rewrite had no business to change and changed; empty if all is as it was.
 
     A node that is gone must be the origin of a new one, be a bias or scale right behind such a node, have made
-    constants that nothing reads any more, be a call of a function with the origin of a new node inside, or a product in
-    another form with new nodes named after it (``name//``). A node may
+    constants that nothing reads any more, or be a call of a function or a product in another form with new nodes named
+    after it (``name/`` and ``name//``). A node may
     read what the metadata says is its own constant with the units in another order. A tensor that is gone must have no
     reader, and a function no call. All others must be equal, byte for byte, with their external data; bodies of nodes
     are compared as the main graph is.
@@ -56,7 +56,7 @@ def untouched_faults(original: Path, rewritten: Path) -> list[str]:
         frozenset(_reordered(after)),
         frozenset(_origins(after.proto.graph)),
         frozenset((f.domain, f.name) for f in before.proto.functions),
-        frozenset(_opened(after.proto.graph)),
+        frozenset(_names(after.proto.graph)),
     )
     return [
         *_import_faults(before.proto, after.proto),
@@ -75,24 +75,23 @@ class _Rewritten:
         reordered: tensors that stand for one tensor of the original, with its units in another order.
         origins: the nodes that new ones stand for.
         functions: domain and name of the original's own.
-        opened: the products that new nodes are named after.
+        names: of all nodes.
     """
 
     reordered: frozenset[str]
     origins: frozenset[str]
     functions: frozenset[tuple[str, str]]
-    opened: frozenset[str]
+    names: frozenset[str]
 
     def replaces(self, node: onnx.NodeProto) -> bool:
         """Whether new nodes stand for ``node``, or for some inside the function that it calls."""
         names = {node.name, *node.output} - {""}
         # What is inside a body or a function is named by where it is.
         paths = {origin[start:] for origin in self.origins for start in _starts(origin)}
-        if names & paths or names & self.opened:
-            return True
-        return (node.domain, node.op_type) in self.functions and any(
-            path.startswith(f"{name}/") for path in paths for name in names
-        )
+        # What it came to is named after it.
+        mark = "/" if (node.domain, node.op_type) in self.functions else "//"
+        after = tuple(f"{name}{mark}" for name in names)
+        return bool(names & paths) or any(name.startswith(after) for name in self.names)
 
 
 def _starts(origin: str) -> Iterator[int]:
@@ -104,17 +103,19 @@ def _starts(origin: str) -> Iterator[int]:
 
 def _origins(graph: onnx.GraphProto) -> Iterator[str]:
     for node in graph.node:
-        yield from (entry.value for entry in node.metadata_props if entry.key == _ORIGIN)
+        for entry in node.metadata_props:
+            if entry.key == _ORIGIN:
+                # A product without a name that got a bias is called after what it makes now.
+                yield from {entry.value, entry.value.removesuffix(".product")}
         for inner in _bodies(node):
             yield from _origins(inner)
 
 
-def _opened(graph: onnx.GraphProto) -> Iterator[str]:
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
     for node in graph.node:
-        if "//" in node.name:
-            yield node.name.rpartition("//")[0]
+        yield node.name
         for inner in _bodies(node):
-            yield from _opened(inner)
+            yield from _names(inner)
 
 
 def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
