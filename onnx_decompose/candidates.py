@@ -1,7 +1,7 @@
 """Ways of writing a region that are worth comparing; every one of them is exact.
 
-Branches from components, merged two by two; the same in stacks; and groups of a single site's outputs that read
-overlapping inputs.
+Branches from components, merged two by two; the same in stacks; groups of a single site's outputs that read
+overlapping inputs; and runs of a whole region's units that read each other's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnx_decompose.analysis.cascades import States, find_cascades
 from onnx_decompose.analysis.covers import find_covers
 from onnx_decompose.analysis.structure import ISOLATED, Components
 from onnx_decompose.region_cost import predicted_seconds
@@ -19,7 +20,7 @@ from onnx_decompose.stacks import Grouping, groupings
 from onnx_decompose.state_graph import Branch, everything
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
 
-__all__ = ["GENERATORS", "Candidate", "has_cover"]
+__all__ = ["GENERATORS", "Candidate"]
 
 _MOST_BRANCHES = 64
 """Branches that are still compared by cost: more never pay for their kernels, and components may be thousands."""
@@ -50,6 +51,11 @@ class Candidate:
     branches: tuple[Branch, ...]
     found: str
     grouping: Grouping | None = None
+
+    @property
+    def picks(self) -> bool:
+        """Whether scattered units may be taken by an operator that not every runtime has: where much is exchanged."""
+        return self.decision == "triangular"
 
 
 def _merged_components(
@@ -92,7 +98,7 @@ def _covers(
 ) -> Iterator[Candidate]:
     """``triangular``: groups of a single site's outputs, each with its own slice of the inputs."""
     del components
-    if emit not in {"auto", "triangular"} or not has_cover(graph):
+    if emit not in {"auto", "triangular"} or not _has_cover(graph):
         return
     (edge,) = graph.edges
     covers = find_covers(
@@ -114,13 +120,40 @@ def _covers(
         )
 
 
+def _cascades(
+    graph: StateGraph, components: Components, cost: CostModel, emit: Emit
+) -> Iterator[Candidate]:
+    """``triangular``: runs of a region's units, whose sites read their own units and those of other runs.
+
+    Where no component has most of the units, components are what to cut by.
+    """
+    if emit not in {"auto", "triangular"} or graph.has_channels:
+        return
+    if components.sizes.max() * 2 <= sum(graph.axis_sizes):
+        return
+    stored = sum(edge.mask.size for edge in graph.edges)
+    for cascade in find_cascades(
+        States(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits)),
+        _run_price(graph, cost),
+        least_runs=1 if emit == "auto" else 2,
+        most_runs=_MOST_BRANCHES,
+    ):
+        branches = tuple(map(Branch, cascade.owned, cascade.read))
+        entries = cascade.entries(graph.edges)
+        yield Candidate(
+            "triangular",
+            branches,
+            f"{cascade.found}: {len(branches)} groups of units read {entries / stored:.0%} of the entries",
+        )
+
+
 GENERATORS: tuple[
     Callable[[StateGraph, Components, CostModel, Emit], Iterator[Candidate]], ...
-] = (_merged_components, _stacked, _covers)
+] = (_merged_components, _stacked, _covers, _cascades)
 """Where candidates come from: (live graph, components, cost, emit) -> those that ``emit`` allows."""
 
 
-def has_cover(graph: StateGraph) -> bool:
+def _has_cover(graph: StateGraph) -> bool:
     """Whether branches may overlap: on the entry axis of a single site, which is cut and never put together."""
     if len(graph.edges) != 1 or len(graph.axis_sizes) != 2:
         return False
@@ -166,13 +199,37 @@ def _group_price(graph: StateGraph, cost: CostModel) -> Callable[..., FloatArray
         for samples, whole in zip(cost.batches, dense, strict=True):
             rows = samples * positions
             runs = graph.has_channels or not gathered
-            cut = (cost.copy if runs else cost.gather)(rows, inputs, graph.itemsize)
+            cut = (cost.copy if runs else cost.pick)(rows, inputs, graph.itemsize)
             seconds = cost.matmul(rows, taps * inputs, outputs, graph.itemsize)
             seconds += cuts * np.where(inputs == size, 0.0, cut)
             for axis in graph.elementwise:
                 units = inputs if axis == edge.source else outputs
                 seconds += cost.elementwise(rows, units, graph.itemsize)
             total += seconds / whole
+        return total / len(cost.batches)
+
+    return price
+
+
+def _run_price(graph: StateGraph, cost: CostModel) -> Callable[..., FloatArray]:
+    """A run's share of the dense region's time, averaged over the cost model's batches (``cascades.RunPrice``)."""
+    dense = predicted_seconds(graph, (everything(graph),), cost)
+
+    def price(
+        owned: Sequence[FloatArray],
+        read: Sequence[FloatArray],
+        apart: Sequence[NDArray[np.bool_]],
+    ) -> FloatArray:
+        total = np.zeros_like(owned[0])
+        for rows, whole in zip(cost.batches, dense, strict=True):
+            for edge in graph.edges:
+                inputs, outputs = read[edge.source], owned[edge.target]
+                total += cost.matmul(rows, inputs, outputs, graph.itemsize) / whole
+            for axis in graph.elementwise:
+                total += cost.elementwise(rows, owned[axis], graph.itemsize) / whole
+            for axis in (*graph.entries, *graph.inner):
+                taken = cost.copy(rows, read[axis], graph.itemsize) / whole
+                total += np.where(apart[axis], taken, 0.0)
         return total / len(cost.batches)
 
     return price

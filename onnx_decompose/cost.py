@@ -96,7 +96,7 @@ class CostModel:
         """Whether :meth:`pick` can be had for elements of ``itemsize`` bytes."""
         return self.pick_ratio > 0 and itemsize >= 4
 
-    def pick(self, rows: int, units: int, itemsize: int) -> float:
+    def pick(self, rows: int, units: Units, itemsize: int) -> Units:
         """Seconds of the faster way to take (rows, units) one by one along the last axis."""
         if not self.picks(itemsize):
             return self.gather(rows, units, itemsize)

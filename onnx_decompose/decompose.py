@@ -426,9 +426,9 @@ def _plan_whole(
 def _filled(region: Region, plan: RegionPlan, number: int) -> NDArray[np.bool_]:
     """The mask of one of the region's sites with all entries that its dense blocks have room for."""
     mask, site = plan.masks[number], region.sites[number]
-    if plan.decision in {"shrink", "split", "grouped"}:
+    if plan.decision in {"shrink", "split", "grouped", "triangular"}:
         source, target = region.axis_of[site.input], region.axis_of[site.output]
-        blocks = [(branch.units[source], branch.units[target]) for branch in plan.branches]
+        blocks = [(branch.inputs(source), branch.units[target]) for branch in plan.branches]
         mask = fill(mask, blocks)
     return site.entries(mask)
 

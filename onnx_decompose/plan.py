@@ -13,12 +13,12 @@ import numpy as np
 
 from onnx_decompose.analysis.packed import packs
 from onnx_decompose.analysis.structure import Components, live_units, state_components
-from onnx_decompose.candidates import GENERATORS, Candidate, has_cover
+from onnx_decompose.candidates import GENERATORS, Candidate
 from onnx_decompose.region_cost import WORTH, predicted_seconds, relative_cost, shared_seconds
 from onnx_decompose.state_graph import Branch, Decision, Emit, StateGraph, everything
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -42,8 +42,8 @@ class RegionPlan:
     Attributes:
         decision: ``dense`` (left alone), ``shrink`` (one narrower branch), ``split`` (several branches),
             ``grouped`` (several branches, in stacks),
-            ``triangular`` (several branches that may read the same inputs) or ``shared`` (equal rows and columns
-            computed once).
+            ``triangular`` (several branches that may read the same inputs, or what others make) or ``shared`` (equal
+            rows and columns computed once).
         reason: why, with figures, for the report.
         components: of the region's live state graph.
         masks: per edge, the supported entries that lead to an exit, (K, N); kept as bits.
@@ -52,17 +52,19 @@ class RegionPlan:
         places: axis -> where each unit stands in the values of that axis outside, where they were renumbered.
         copies: what the computed units stand for; None unless the decision is ``shared``.
         grouping: the stacks where the decision is ``grouped``; branches are in their order.
+        picks: units that branches find scattered are taken by ArrayFeatureExtractor, and not by Gather.
     """
 
     decision: Decision
     reason: str
     components: Components
-    masks: tuple[NDArray[np.bool_], ...]
+    masks: Sequence[NDArray[np.bool_]]
     branches: tuple[Branch, ...] = ()
     relative_cost: float = 1.0
     places: Mapping[int, IntArray] = dataclasses.field(default_factory=dict)
     copies: Copies | None = None
     grouping: Grouping | None = None
+    picks: bool = False
 
     def order(self, axis: int, size: int) -> IntArray:
         """The unit at each place of a value of the border, ``size`` of them."""
@@ -73,7 +75,7 @@ class RegionPlan:
         """(inputs, outputs) of every block that a weight from one axis to another is stored as, padding included."""
         if self.grouping is not None:
             return self.grouping.blocks(source, target)
-        return tuple((b.units[source].size, b.units[target].size) for b in self.branches)
+        return tuple((b.inputs(source).size, b.units[target].size) for b in self.branches)
 
     def entries(self, source: int, target: int) -> int:
         """Entries that a weight from one axis to another stores after the rewrite."""
@@ -86,7 +88,7 @@ class RegionPlan:
         )
 
     def positions(self, axis: int) -> list[IntArray]:
-        """Where each branch's units stand in a value of the border, ascending."""
+        """Where each branch's units stand in a value of the border: ascending, but for an axis with a cascade."""
         place = self.places.get(axis)
         units = [branch.units[axis] for branch in self.branches]
         return units if place is None else [place[part] for part in units]
@@ -124,7 +126,7 @@ def plan_region(graph: StateGraph, cost: CostModel, emit: Emit = "auto") -> Regi
             components,
             masks,
         )
-    return _plan_of(graph, components, relative, best)
+    return _plan_of(graph, components, (relative, best), cost)
 
 
 def candidate_plans(
@@ -142,7 +144,7 @@ def candidate_plans(
     for relative, candidate in _ranked(graph, components, cost, emit):
         seen[candidate.decision] += 1
         if seen[candidate.decision] <= _MOST_PLANS:
-            plans.append(_plan_of(graph, components, relative, candidate))
+            plans.append(_plan_of(graph, components, (relative, candidate), cost))
     return tuple(plans)
 
 
@@ -208,14 +210,19 @@ def _ranked(
         for candidate in generate(graph, components, cost, emit):
             if ranked and _same(ranked[-1][1], candidate):
                 continue  # stretching changed nothing
-            costs = predicted_seconds(graph, candidate.branches, cost, candidate.grouping)
+            priced = cost if candidate.picks else dataclasses.replace(cost, pick_ratio=0.0)
+            costs = predicted_seconds(graph, candidate.branches, priced, candidate.grouping)
             ranked.append((relative_cost(costs, dense_cost), candidate))
     return sorted(ranked, key=lambda item: item[0])
 
 
 def _plan_of(
-    graph: StateGraph, components: Components, relative: float, candidate: Candidate
+    graph: StateGraph,
+    components: Components,
+    ranked: tuple[float, Candidate],
+    cost: CostModel,
 ) -> RegionPlan:
+    relative, candidate = ranked
     found = f"{_description(graph, components)}; {candidate.found}"
     return RegionPlan(
         candidate.decision,
@@ -225,6 +232,7 @@ def _plan_of(
         candidate.branches,
         relative,
         grouping=candidate.grouping,
+        picks=candidate.picks and not graph.has_channels and cost.picks(graph.itemsize),
     )
 
 
@@ -233,8 +241,9 @@ def _same(some: Candidate, other: Candidate) -> bool:
         return False
     return all(
         np.array_equal(mine, theirs)
+        and np.array_equal(branch.inputs(axis), counterpart.inputs(axis))
         for branch, counterpart in zip(some.branches, other.branches, strict=True)
-        for mine, theirs in zip(branch.units, counterpart.units, strict=True)
+        for axis, (mine, theirs) in enumerate(zip(branch.units, counterpart.units, strict=True))
     )
 
 
@@ -250,9 +259,7 @@ def _description(graph: StateGraph, components: Components) -> str:
 def _why_none(graph: StateGraph, components: Components, emit: Emit) -> str:
     """Why there is no candidate at all."""
     if emit == "triangular":
-        if has_cover(graph):
-            return "no two groups of outputs read less than everything"
-        return "groups of outputs are looked for in a single site only"
+        return "no two groups of units read less than everything"
     if emit == "shared":
         return "no two rows or columns are equal"
     if components.count == 1:

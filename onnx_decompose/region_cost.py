@@ -8,7 +8,7 @@ import numpy as np
 
 from onnx_decompose.borders import gathered_order, is_run, layout_of
 from onnx_decompose.stacks import Border, StackWork
-from onnx_decompose.state_graph import everything
+from onnx_decompose.state_graph import everything, is_cascade
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,9 +85,12 @@ def _seconds(
     for branch in branches:
         sizes = [units.size for units in branch.units]
         for edge in graph.edges:
-            total += cost.matmul(rows, sizes[edge.source], sizes[edge.target], graph.itemsize)
+            inputs = branch.inputs(edge.source).size
+            total += cost.matmul(rows, inputs, sizes[edge.target], graph.itemsize)
         for axis in graph.elementwise:
             total += cost.elementwise(rows, sizes[axis], graph.itemsize)
+    for axis in graph.inner:
+        total += _exchange_seconds(graph, branches, axis, cost, rows)
     for axis in graph.entries:
         total += _cut_seconds(graph, branches, axis, cost, rows)
     for axis in graph.exits:
@@ -135,11 +138,41 @@ def _channel_seconds(
     return total
 
 
+def _exchange_seconds(
+    graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
+) -> float:
+    """Seconds to put a value together inside the region, and to cut what branches read of each other."""
+    if not is_cascade(branches, axis):
+        return 0.0
+    size = sum(branch.units[axis].size for branch in branches)
+    return cost.copy(rows, size, graph.itemsize) + _taken_seconds(
+        graph, branches, axis, cost, rows
+    )
+
+
+def _taken_seconds(
+    graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
+) -> float:
+    """Seconds to cut what branches read of each other out of the whole value."""
+    size = sum(branch.units[axis].size for branch in branches)
+    return sum(
+        cost.copy(rows, branch.read[axis].size, graph.itemsize)
+        for branch in branches
+        if branch.reads_others(axis) and branch.read[axis].size < size
+    )
+
+
 def _cut_seconds(
     graph: StateGraph, branches: tuple[Branch, ...], axis: int, cost: CostModel, rows: int
 ) -> float:
     """Seconds to cut one value into branches."""
     size = graph.axis_sizes[axis]
+    if is_cascade(branches, axis):
+        turns = np.concatenate([branch.units[axis] for branch in branches])
+        total = cost.copy(rows, size, graph.itemsize)
+        if axis not in graph.free and not np.array_equal(turns, np.arange(size)):
+            total += cost.pick(rows, size, graph.itemsize)
+        return total + _taken_seconds(graph, branches, axis, cost, rows)
     parts = [branch.units[axis] for branch in branches]
     read = sum(part.size for part in parts)
     if axis in graph.free:  # renumbered, so that every branch's units are a run
@@ -150,13 +183,13 @@ def _cut_seconds(
     if layout_of(parts, size) == "whole":
         return 0.0 if len(parts) == 1 else cost.copy(rows, size, graph.itemsize)
     order = gathered_order(parts)
-    total = 0.0 if order is None else cost.gather(rows, order.size, graph.itemsize)
+    total = 0.0 if order is None else cost.pick(rows, order.size, graph.itemsize)
     whole = size if order is None else order.size
     for units in parts:
         if units.size == whole:
             continue
         runs = order is not None or is_run(units)
-        total += (cost.copy if runs else cost.gather)(rows, units.size, graph.itemsize)
+        total += (cost.copy if runs else cost.pick)(rows, units.size, graph.itemsize)
     return total
 
 
@@ -165,12 +198,15 @@ def _join_seconds(
 ) -> float:
     """Seconds to put one value together from the branches."""
     size = graph.axis_sizes[axis]
-    layout = (
-        "whole"
-        if axis in graph.free
-        else layout_of([branch.units[axis] for branch in branches], size)
-    )
+    parts = [branch.units[axis] for branch in branches]
+    if axis in graph.free:
+        layout = "whole"
+    elif is_cascade(branches, axis):
+        in_place = np.array_equal(np.concatenate(parts), np.arange(size))
+        layout = "whole" if in_place else "scattered"
+    else:
+        layout = layout_of(parts, size)
     if layout == "whole" and len(branches) == 1:
         return 0.0
     total = cost.copy(rows, size, graph.itemsize)
-    return total if layout == "whole" else total + cost.gather(rows, size, graph.itemsize)
+    return total if layout == "whole" else total + cost.pick(rows, size, graph.itemsize)

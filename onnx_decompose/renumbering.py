@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_decompose.borders import common_order
-from onnx_decompose.state_graph import Branch
+from onnx_decompose.state_graph import Branch, is_cascade
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,14 +56,17 @@ class Numbering:
             for name in (*region.entries, *region.exits)
             if (order := self.order_of(name, region.unit_axis)) is not None
         }
-        branches = tuple(
-            Branch(
-                tuple(
-                    units[np.argsort(places[axis][units])] if axis in places else units
-                    for axis, units in enumerate(branch.units)
-                )
+        # In a cascade the order of all branches' units is part of the plan, whatever it is outside.
+        sorting = {axis for axis in places if not is_cascade(plan.branches, axis)}
+
+        def placed(units: tuple[IntArray, ...]) -> tuple[IntArray, ...]:
+            return tuple(
+                part[np.argsort(places[axis][part])] if axis in sorting else part
+                for axis, part in enumerate(units)
             )
-            for branch in plan.branches
+
+        branches = tuple(
+            Branch(placed(branch.units), placed(branch.read)) for branch in plan.branches
         )
         return dataclasses.replace(plan, branches=branches, places=places)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.structure import Edge
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     IntArray = NDArray[np.intp]
 
-__all__ = ["Branch", "Decision", "Emit", "StateGraph", "everything"]
+__all__ = ["Branch", "Decision", "Emit", "StateGraph", "everything", "is_cascade"]
 
 Emit = Literal["auto", "split", "shrink", "grouped", "triangular", "shared"]
 Decision = Literal["dense", "shrink", "split", "grouped", "triangular", "shared"]
@@ -32,6 +34,7 @@ class StateGraph:
         entries: axis of each value that comes in.
         exits: axis of each value that goes out.
         itemsize: bytes per element.
+        inner: axis of each value made inside that sites read.
         free: axes of the border whose units may be renumbered outside, so that branches find theirs side by side.
         fused: axis of each elementwise node that a runtime takes into the product before it: bias and activation.
         layouts: in which stacks of equal blocks can be written.
@@ -48,6 +51,7 @@ class StateGraph:
     entries: tuple[int, ...]
     exits: tuple[int, ...]
     itemsize: int
+    inner: tuple[int, ...] = ()
     free: frozenset[int] = frozenset()
     fused: tuple[int, ...] = ()
     layouts: frozenset[StackLayout] = frozenset()
@@ -64,12 +68,32 @@ class StateGraph:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Branch:
-    """The units that one branch computes: per axis, unit numbers in the order of their places, never empty.
+    """What one branch does.
 
-    Branches share no unit, but for the decision ``triangular``: there they may read the same units of an entry axis.
+    Branches share no unit, but for the decision ``triangular``: there they may have the same units of an axis that only
+    comes in, and their sites may read units that other branches compute.
+
+    Attributes:
+        units: per axis, the numbers of the units that it computes, in the order of their places, never empty.
+        read: per axis, the numbers of those that its sites read, where they are others on some axis: units that follow
+            each other when those of all branches are put side by side.
     """
 
     units: tuple[IntArray, ...]
+    read: tuple[IntArray, ...] = ()
+
+    def inputs(self, axis: int) -> IntArray:
+        """The units that the branch's sites read from an axis."""
+        return self.read[axis] if self.read else self.units[axis]
+
+    def reads_others(self, axis: int) -> bool:
+        """Whether its sites read units of an axis that other branches compute."""
+        return bool(self.read) and not np.array_equal(self.read[axis], self.units[axis])
+
+
+def is_cascade(branches: Sequence[Branch], axis: int) -> bool:
+    """Whether some branch reads units of an axis that another one computes."""
+    return any(branch.reads_others(axis) for branch in branches)
 
 
 def everything(graph: StateGraph) -> Branch:

@@ -216,6 +216,11 @@ def state_graph(
         entries=tuple(region.axis_of[name] for name in region.entries),
         exits=tuple(region.axis_of[name] for name in region.exits),
         itemsize=max(study.itemsize(site) for site in region.sites),
+        inner=tuple(
+            region.axis_of[name]
+            for name in dict.fromkeys(site.input for site in region.sites)
+            if name not in region.entries
+        ),
         free=frozenset(
             region.axis_of[name] for name in (*region.entries, *region.exits) if name in free
         ),

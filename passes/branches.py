@@ -3,7 +3,10 @@
     entry --[Split | Slice | Gather]--> branch values --> sliced copies of the nodes --[Concat, Gather]--> exit
 
 Interior values never meet: one cut where a value comes in, one join where it goes out. Branches may read the same
-units of a value that comes in; they never make the same.
+units of a value that comes in; they never make the same. In a cascade they read each other's: a value that sites
+read is put together, branch by branch, and every branch's site takes a run of it.
+
+    branch values --Concat--> the whole --Slice--> what the branch's site reads
 
 Convolutions are written so with ``grouped``, too: the branches of a stack are the groups of one convolution, one after
 the other, and whatever works on each channel by itself takes them as they are.
@@ -23,7 +26,7 @@ from onnx_decompose.borders import gathered_order, is_run, layout_of
 from onnx_decompose.passes.site_weights import SiteWeights
 from onnx_decompose.passes.splice import Placed
 from onnx_decompose.per_unit import constant_axis, constant_units, neutral
-from onnx_decompose.state_graph import Branch
+from onnx_decompose.state_graph import Branch, is_cascade
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -79,12 +82,15 @@ class BranchEmitter:
         self._groups = _groups_of(plan)
         self._branches = _strands_of(plan)
         strands = dataclasses.replace(plan, branches=self._branches)
+        self._cascades = {
+            axis for axis in set(region.axis_of.values()) if is_cascade(plan.branches, axis)
+        }
         self._positions = {
             axis: strands.positions(axis)
             for axis in sorted(region.entry_axes | region.exit_axes)
         }
         self._common: dict[int, NDArray[np.intp]] = {}
-        for axis in sorted(region.entry_axes):
+        for axis in sorted(region.entry_axes - self._cascades):
             order = gathered_order(self._positions[axis])
             if order is not None:
                 self._gather_once(axis, order)
@@ -92,7 +98,10 @@ class BranchEmitter:
         self._constants = constants
         self._ops = ops.along(region.unit_axis)
         self._writer = SiteWeights(graph, constants, self._ops)
+        self._take = self._ops.pick if plan.picks else self._ops.gather
         self._local: dict[str, list[Value]] = {}
+        self._whole: dict[str, Value] = {}
+        self._read: dict[str, list[Value]] = {}
         self._made = {region.axis_of[site.output] for site in region.sites}
         self._blocks: dict[str, tuple[Block, ...]] = {}
 
@@ -101,12 +110,12 @@ class BranchEmitter:
         sites = {site.node: site for site in self._region.sites}
         for index in self._region.nodes:
             node = self._graph.node[index]
-            for name in node.input:
-                if name in self._region.axis_of and name not in self._local:
-                    self._local[name] = self._cut(name, index)
             if index in sites:
                 self._site(sites[index], node)
             else:
+                for name in node.input:
+                    if name in self._region.axis_of:
+                        self._own(name, index)
                 self._elementwise(node, index)
             if node.output[0] in self._region.exits:
                 self._join(node.output[0], index)
@@ -119,19 +128,72 @@ class BranchEmitter:
         rank[order] = np.arange(order.size)
         places = [rank[run] for run in self._positions[axis]]
         self._positions[axis] = [np.sort(run) for run in places]
-        self._branches = tuple(
-            Branch(
-                tuple(
-                    units[np.argsort(run)] if number == axis else units
-                    for number, units in enumerate(branch.units)
-                )
+
+        def ordered(units: tuple[NDArray[np.intp], ...], turns: NDArray[np.intp]) -> Any:
+            return tuple(
+                part[turns] if number == axis else part for number, part in enumerate(units)
             )
-            for branch, run in zip(self._branches, places, strict=True)
+
+        self._branches = tuple(
+            Branch(ordered(branch.units, turns), ordered(branch.read, turns))
+            for branch, turns in zip(self._branches, map(np.argsort, places), strict=True)
         )
         self._groups = tuple((branch,) for branch in self._branches)
 
     def _units(self, name: str, branch: int) -> NDArray[np.intp]:
         return self._branches[branch].units[self._region.axis_of[name]]
+
+    def _own(self, name: str, place: int) -> list[Value]:
+        """Each branch's own units of ``name``, cut now if it comes from outside."""
+        if name not in self._local:
+            self._local[name] = self._cut(name, place)
+        return self._local[name]
+
+    def _inputs(self, name: str, place: int) -> list[Value]:
+        """What each branch's site reads of ``name``."""
+        axis = self._region.axis_of[name]
+        if axis not in self._cascades:
+            return self._own(name, place)
+        if name not in self._read:
+            self._read[name] = [
+                self._own(name, place)[number]
+                if not branch.reads_others(axis)
+                else self._taken_from_whole(name, number, place)
+                for number, branch in enumerate(self._branches)
+            ]
+        return self._read[name]
+
+    def _taken_from_whole(self, name: str, number: int, place: int) -> Value:
+        """The run of units of ``name`` that a branch reads of its own and of others, side by side."""
+        axis = self._region.axis_of[name]
+        order = self._order(axis)
+        wanted = self._branches[number].read[axis]
+        start = int(np.flatnonzero(order == wanted[0])[0])
+        run = np.arange(start, start + wanted.size)
+        assert np.array_equal(order[run], wanted), "a branch reads a run of units"
+        part = gs.Variable(self._ops.fresh.name(f"{name}.read{number}"))
+        return self._taken(
+            self._side_by_side(name, place), order.size, run, part, (name, place)
+        )
+
+    def _order(self, axis: int) -> NDArray[np.intp]:
+        """The units of all branches, one branch after the other."""
+        return np.concatenate([branch.units[axis] for branch in self._branches])
+
+    def _side_by_side(self, name: str, place: int) -> Value:
+        """All branches' units of ``name`` in one value, one branch after the other."""
+        if name not in self._whole:
+            whole: Value = gs.Variable(name)
+            if name not in self._local:  # it comes from outside
+                positions = np.concatenate(self._positions[self._region.axis_of[name]])
+                if not np.array_equal(positions, np.arange(positions.size)):
+                    whole = gs.Variable(self._ops.fresh.name(f"{name}.ordered"))
+                    self._take(gs.Variable(name), positions, whole, name, place)
+            else:
+                whole = gs.Variable(self._ops.fresh.name(f"{name}.joined"))
+                self._ops.concat(self._local[name], whole, name, place)
+            self._whole[name] = whole
+        return self._whole[name]
 
     def _is_whole(self, name: str) -> bool:
         """Whether a single branch has all units of ``name``, which then stand at their places."""
@@ -153,6 +215,11 @@ class BranchEmitter:
             gs.Variable(self._ops.fresh.name(f"{name}.branch{number}"))
             for number in range(len(self._branches))
         ]
+        if axis in self._cascades:
+            sizes = [branch.units[axis].size for branch in self._branches]
+            whole = self._side_by_side(name, place)
+            self._ops.split(whole, sizes, parts, place, axis=self._ops.axis(name))
+            return parts
         order = self._common.get(axis)
         if order is None and layout_of(positions, size) == "whole":
             turns = _by_first(positions)
@@ -161,7 +228,7 @@ class BranchEmitter:
             return parts
         if order is not None:
             value = gs.Variable(self._ops.fresh.name(f"{name}.ordered"))
-            self._ops.gather(gs.Variable(name), order, value, name, place)
+            self._take(gs.Variable(name), order, value, name, place)
             size = order.size
         return [
             self._taken(value, size, run, part, (name, place))
@@ -181,7 +248,7 @@ class BranchEmitter:
         if is_run(run):
             self._ops.slice(value, int(run[0]), int(run[-1]) + 1, part, place, like)
         else:
-            self._ops.gather(value, run, part, like, place)
+            self._take(value, run, part, like, place)
         return part
 
     def _join(self, name: str, place: int) -> None:
@@ -192,6 +259,15 @@ class BranchEmitter:
         positions = self._positions[axis]
         output = gs.Variable(name)
         parts = self._local[name]
+        if axis in self._cascades:
+            order = np.concatenate(positions)
+            if np.array_equal(order, np.arange(order.size)):
+                self._ops.concat(parts, output, name, place)
+                self._whole[name] = output
+            else:
+                whole = self._side_by_side(name, place)
+                self._take(whole, np.argsort(order), output, name, place)
+            return
         if layout_of(positions, self._region.axis_sizes[axis]) == "whole":
             self._ops.concat([parts[n] for n in _by_first(positions)], output, name, place)
             return
@@ -201,7 +277,7 @@ class BranchEmitter:
             self._ops.concat(parts, joined, name, place)
         # Padding repeats a unit after the unit itself: the first of equal positions is the one that counts.
         first = np.unique(np.concatenate(positions), return_index=True)[1]
-        self._ops.gather(joined, first, output, name, place)
+        self._take(joined, first, output, name, place)
 
     def _outputs(self, name: str) -> list[Value]:
         """New values for what a node makes in each branch."""
@@ -220,6 +296,7 @@ class BranchEmitter:
     def _site(self, site: Site, node: onnx.NodeProto) -> None:
         weight = self._weights[site.name]
         blocks: list[Block] = []
+        self._inputs(site.input, site.node)
         for number, output in enumerate(self._outputs(site.output)):
             count = len(self._groups[number])
             parts = [
@@ -250,15 +327,17 @@ class BranchEmitter:
         """Rows and columns of a site's matrix that each group of one branch has."""
         source, target = self._region.axis_of[site.input], self._region.axis_of[site.output]
         for branch in self._groups[number]:
-            yield site.rows(branch.units[source]), branch.units[target]
+            yield site.rows(branch.inputs(source)), branch.units[target]
 
     def _site_operand(
         self, site: Site, node: onnx.NodeProto, position: int, number: int
     ) -> Value:
         """What a site reads besides its weight, in one branch."""
         name = node.input[position]
+        if name == site.input:
+            return self._inputs(name, site.node)[number]
         if name in self._region.axis_of:
-            return self._local[name][number]
+            return self._own(name, site.node)[number]
         if site.op_type in {"Conv", "Gemm"} and name:
             return self._constant(node, position, site.output, number)
         return gs.Variable(name)

@@ -154,7 +154,8 @@ class TensorOps:
 
         onnxruntime has it for float32 and float64 on the CPU.
         """
-        if self._ranks.get(like, 1) < 2:  # of a vector it makes a matrix
+        # Of a vector it makes a matrix, and it knows the last axis alone.
+        if self._ranks.get(like, 1) < 2 or self.unit_axis != -1:
             self.gather(value, units, output, like, place)
             return
         indices = self.fresh.constant(f"{output.name}.units", units.astype(np.int64))

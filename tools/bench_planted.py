@@ -30,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import onnx_decompose
+from onnx_decompose.analysis.cascades import States, condense_states, find_cascades
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.bench import BenchSettings, Timing, bench_candidates, timing_feeds
 from onnx_decompose.cost import CPU
@@ -40,7 +41,7 @@ from onnx_decompose.gather import gather_all
 from onnx_decompose.model_io import load_model
 from onnx_decompose.options import Options
 from onnx_decompose.sessions import Provider, SessionSettings, open_session, resolve_provider
-from onnx_decompose.study import study_model
+from onnx_decompose.study import state_graph, study_model
 from onnx_decompose.tensors import graph_inputs
 from tools.planted_models import (
     Blocks,
@@ -53,6 +54,7 @@ from tools.planted_models import (
     matmul,
     recurrent,
     residual_stack,
+    square,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.report import Report
+    from onnx_decompose.state_graph import StateGraph
 
     Build = Callable[[type[np.floating[Any]], np.random.Generator], PlantedModel]
 
@@ -84,6 +87,9 @@ def cases(*, quick: bool) -> dict[str, Build]:
     made["gated-8"] = _of(gated_ffn, wide[:2], Blocks(8))
     made["gated-4-unequal"] = _of(gated_ffn, wide[:2], Blocks(4, equal=False))
     made["residual-4"] = _of(residual_stack, state, Blocks(4))
+    made["residual-cascade-3"] = _of(residual_stack, state, Blocks(3, cascade=True))
+    made["ffn-cascade-3"] = _of(ffn, wide, Blocks(3, cascade=True))
+    made["square-cascade-3"] = _of(square, wide[0], Blocks(3, cascade=True))
     made["matmul-8"] = _of(matmul, (128, 512) if quick else (768, 3072), Blocks(8))
     made["lstm-3"] = _of(_lstm, (32, 48) if quick else (128, 192), Blocks(3))
     made["gru-3"] = _of(_gru, (32, 48) if quick else (128, 192), Blocks(3))
@@ -255,7 +261,11 @@ def _failure(
 
 
 def is_recovered(planted: PlantedModel) -> bool | None:
-    """Whether the components of the model's state graphs are exactly those planted, all axes taken together."""
+    """Whether what was planted is found exactly, all axes of a region taken together.
+
+    That is the components of the model's state graphs, or, of a cascade, the groups of units that the region is cut
+    into: each group those of one strongly connected component, in their order.
+    """
     if not planted.truth:
         return None
     study = study_model(load_model(planted.model))
@@ -271,12 +281,53 @@ def is_recovered(planted: PlantedModel) -> bool | None:
     seen: set[str] = set()
     for region, plan in tried.plans:
         names = [name for name in planted.truth if name in region.axis_of]
-        found = [plan.components.labels[region.axis_of[name]] for name in names]
+        axes = [region.axis_of[name] for name in names]
+        if planted.structure == "cascade":
+            graph = state_graph(
+                study,
+                region,
+                dict(zip((site.name for site in region.sites), plan.masks, strict=True)),
+            )
+            labels = _cascade_labels(graph)
+        else:
+            labels = plan.components.labels
+        found = [labels[axis] for axis in axes]
         truth = [planted.truth[name] for name in names]
         if names and not same_partition(np.concatenate(found), np.concatenate(truth)):
             return False
         seen.update(names)
     return seen == set(planted.truth)
+
+
+def _cascade_labels(graph: StateGraph) -> tuple[NDArray[np.intp], ...]:
+    """Per axis, the strongly connected component of each unit.
+
+    Where none can lead back to itself (a chain of rectangular sites), the group of each unit in a cascade, entries
+    being all that costs.
+    """
+    states = States(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits))
+    condensed = condense_states(states)
+    if condensed is not None:
+        return condensed.labels
+
+    def entries(owned: Any, read: Any, apart: Any) -> Any:
+        del apart
+        return 1.0 + sum(read[edge.source] * owned[edge.target] for edge in graph.edges)
+
+    labels = tuple(np.full(size, -1) for size in graph.axis_sizes)
+    best = min(
+        find_cascades(states, entries, most_runs=64),
+        key=lambda cascade: cascade.entries(graph.edges),
+        default=None,
+    )
+    runs = () if best is None else best.owned
+    for number, run in enumerate(runs):
+        for axis, units in enumerate(run):
+            fresh = units[
+                labels[axis][units] < 0
+            ]  # earlier runs may read the same units of what comes in
+            labels[axis][fresh] = number
+    return labels
 
 
 def same_partition(some: NDArray[Any], others: NDArray[Any]) -> bool:

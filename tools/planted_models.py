@@ -36,8 +36,8 @@ class PlantedModel:
         model: input ``x``, output ``y``, the batch axis is called ``batch``.
         structure: what was planted: independent blocks, strongly connected components in cascade, a band, a block
             triangular form, or nothing.
-        truth: value name -> component of each of its units, where the model's graph says which component that is;
-            empty where no region of sites has it (recurrent operators).
+        truth: value name -> component of each of its units, or strongly connected component in a cascade, where the
+            model's graph says which that is; empty where no region of sites has it (recurrent operators).
         weights: entries of the weights.
         planted: those of them inside the planted structure.
     """
@@ -126,11 +126,23 @@ class Blocks:
         count: number of blocks.
         equal: whether all are of one size; else they grow by equal steps, the last about seven times the first.
         shuffle: hide them by permutations.
+        cascade: block b is read by the blocks b, b + 1, ..., and not by itself alone.
     """
 
     count: int
     equal: bool = True
     shuffle: bool = True
+    cascade: bool = False
+
+    def mask(self, rows: IntArray, columns: IntArray) -> Mask:
+        """Which entries a weight has between units with these labels, (K, N)."""
+        inside: Mask = rows[:, None] <= columns if self.cascade else rows[:, None] == columns
+        return inside
+
+    @property
+    def structure(self) -> Structure:
+        """What such blocks are."""
+        return "cascade" if self.cascade else "blocks"
 
     def labels(self, units: int, rng: np.random.Generator) -> IntArray:
         """The block of each of ``units`` units; every block has at least one."""
@@ -149,10 +161,22 @@ def matmul(
     """One MatMul of ``sizes`` = (K, N)."""
     build = _Builder(dtype, rng)
     rows, columns = (blocks.labels(size, rng) for size in sizes)
-    build.linear("x", "site", _same(rows, columns), "y", bias=False)
+    build.linear("x", "site", blocks.mask(rows, columns), "y", bias=False)
     return build.finish(
         "blocks", {"x": rows, "y": columns}, ("batch", sizes[0]), ("batch", sizes[1])
     )
+
+
+def square(
+    size: int, blocks: Blocks, dtype: type[np.floating[Any]], rng: np.random.Generator
+) -> PlantedModel:
+    """One MatMul whose inputs and outputs are the same units; no unit reads itself."""
+    build = _Builder(dtype, rng)
+    labels = blocks.labels(size, rng)
+    mask = blocks.mask(labels, labels) & ~np.eye(size, dtype=bool)
+    build.linear("x", "site", mask, "y", bias=False)
+    truth = {"x": labels, "y": labels}
+    return build.finish(blocks.structure, truth, ("batch", size), ("batch", size))
 
 
 def ffn(
@@ -164,11 +188,11 @@ def ffn(
     """A feed-forward network, relu(x W_up + b_up) W_down + b_down."""
     build = _Builder(dtype, rng)
     inner, hidden, outer = (blocks.labels(size, rng) for size in sizes)
-    build.linear("x", "up", _same(inner, hidden), "up.sum")
+    build.linear("x", "up", blocks.mask(inner, hidden), "up.sum")
     build.node("Relu", ["up.sum"], "hidden")
-    build.linear("hidden", "down", _same(hidden, outer), "y")
+    build.linear("hidden", "down", blocks.mask(hidden, outer), "y")
     truth = {"x": inner, "hidden": hidden, "y": outer}
-    return build.finish("blocks", truth, ("batch", sizes[0]), ("batch", sizes[2]))
+    return build.finish(blocks.structure, truth, ("batch", sizes[0]), ("batch", sizes[2]))
 
 
 def gated_ffn(
@@ -180,12 +204,12 @@ def gated_ffn(
     """SwiGLU, (silu(x W_gate) * x W_up) W_down, with ``sizes`` = (width, hidden)."""
     build = _Builder(dtype, rng)
     inner, hidden, outer = (blocks.labels(sizes[axis], rng) for axis in (0, 1, 0))
-    build.linear("x", "gate", _same(inner, hidden), "gate.sum", bias=False)
+    build.linear("x", "gate", blocks.mask(inner, hidden), "gate.sum", bias=False)
     build.node("Sigmoid", ["gate.sum"], "gate.sigmoid")
     build.node("Mul", ["gate.sum", "gate.sigmoid"], "gate.active")
-    build.linear("x", "up", _same(inner, hidden), "up.sum", bias=False)
+    build.linear("x", "up", blocks.mask(inner, hidden), "up.sum", bias=False)
     build.node("Mul", ["gate.active", "up.sum"], "hidden")
-    build.linear("hidden", "down", _same(hidden, outer), "y", bias=False)
+    build.linear("hidden", "down", blocks.mask(hidden, outer), "y", bias=False)
     truth = {"x": inner, "hidden": hidden, "y": outer}
     return build.finish("blocks", truth, ("batch", sizes[0]), ("batch", sizes[0]))
 
@@ -198,7 +222,10 @@ def residual_stack(
     *,
     depth: int = 4,
 ) -> PlantedModel:
-    """``depth`` blocks x + relu(x W_up + b) W_down that share one state; ``sizes`` = (width, hidden)."""
+    """``depth`` blocks x + relu(x W_up + b) W_down that share one state; ``sizes`` = (width, hidden).
+
+    In a cascade the first and the last weight of every block let each group of units through to itself and later ones.
+    """
     build = _Builder(dtype, rng)
     state = blocks.labels(sizes[0], rng)
     truth = {"x": state}
@@ -206,15 +233,19 @@ def residual_stack(
     for number in range(depth):
         hidden = blocks.labels(sizes[1], rng)
         name = f"layer{number}"
-        build.linear(value, f"{name}.up", _same(state, hidden), f"{name}.sum")
+        build.linear(value, f"{name}.up", blocks.mask(state, hidden), f"{name}.sum")
         build.node("Relu", [f"{name}.sum"], f"{name}.hidden")
         build.linear(
-            f"{name}.hidden", f"{name}.down", _same(hidden, state), f"{name}.change", bias=False
+            f"{name}.hidden",
+            f"{name}.down",
+            blocks.mask(hidden, state),
+            f"{name}.change",
+            bias=False,
         )
         output = "y" if number == depth - 1 else f"{name}.state"
         value = build.node("Add", [value, f"{name}.change"], output)
         truth[f"{name}.hidden"] = hidden
-    return build.finish("blocks", truth, ("batch", sizes[0]), ("batch", sizes[0]))
+    return build.finish(blocks.structure, truth, ("batch", sizes[0]), ("batch", sizes[0]))
 
 
 def recurrent(
@@ -283,8 +314,3 @@ def control(
     names = dict(zip(("x", "hidden", "y"), sizes, strict=True))
     truth = {name: np.zeros(size, np.intp) for name, size in names.items()}
     return build.finish("none", truth, ("batch", sizes[0]), ("batch", sizes[2]))
-
-
-def _same(rows: IntArray, columns: IntArray) -> Mask:
-    mask: Mask = rows[:, None] == columns
-    return mask

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from onnx_decompose.analysis.cuts import cheapest_cuts, spans, unions
 from onnx_decompose.analysis.triangular import block_triangular_form
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _cheapest(
     outputs = np.diff(order.cuts)
     if np.count_nonzero(reads, axis=1) @ outputs > _WORTH * mask.size:
         return None  # no group reads less than the segments in it: a random mask ends here
-    runs, needed = _spans(reads), _unions(reads)
+    runs, needed = spans(reads), unions(reads)
     made = np.cumsum([0, *outputs])
     widths = np.maximum(made[None, 1:] - made[:-1, None], 1).astype(np.float64)
     cost = price(runs, widths, gathered=False)
@@ -165,8 +166,7 @@ def _cheapest(
         exact = price(needed, widths, gathered=True)
         gather = exact < cost
         cost = np.where(gather, exact, cost)
-    cost[np.tril_indices(outputs.size, -1)] = np.inf
-    bounds = _shortest_path(cost, *groups)
+    bounds = cheapest_cuts(cost, *groups)
     if len(bounds) < 3:
         return None
     rows = np.arange(mask.shape[0]) if order.rows is None else order.rows
@@ -191,49 +191,3 @@ def _segments(mask: BoolArray, order: _Order) -> BoolArray:
         ]
     )
     return reads if order.rows is None else reads[:, order.rows]
-
-
-def _spans(reads: BoolArray) -> FloatArray:
-    """(segments, segments) length of the shortest run that segments i to j read, 1 at least; j >= i."""
-    segments, size = reads.shape
-    empty = ~reads.any(axis=1)
-    first = np.where(empty, size, reads.argmax(axis=1))
-    last = np.where(empty, -1, size - 1 - reads[:, ::-1].argmax(axis=1))
-    spans = np.ones((segments, segments))
-    for i in range(segments):
-        low, high = np.minimum.accumulate(first[i:]), np.maximum.accumulate(last[i:])
-        spans[i, i:] = np.maximum(high - low + 1, 1)
-    return spans
-
-
-def _unions(reads: BoolArray) -> FloatArray:
-    """(segments, segments) inputs that segments i to j read between them, 1 at least; j >= i."""
-    segments, size = reads.shape
-    padded = np.zeros((segments, -(-size // 64) * 64), bool)
-    padded[:, :size] = reads
-    bits = np.packbits(padded, axis=1).view(np.uint64)
-    unions = np.ones((segments, segments))
-    for i in range(segments):
-        together = np.bitwise_or.accumulate(bits[i:], axis=0)
-        unions[i, i:] = np.maximum(np.bitwise_count(together).sum(axis=1), 1)
-    return unions
-
-
-def _shortest_path(cost: FloatArray, least_steps: int, most_steps: int) -> IntArray:
-    """Cut positions of the cheapest way from 0 to the end; ``cost[i, j]`` is the price of segments i to j together."""
-    segments = cost.shape[0]
-    reach = np.full(segments + 1, np.inf)
-    reach[0] = 0.0
-    came_from: list[IntArray] = []
-    best, best_steps = np.inf, 0
-    for steps in range(1, min(most_steps, segments) + 1):
-        through = reach[:-1, None] + cost
-        origin = through.argmin(axis=0)
-        came_from.append(origin)
-        reach = np.concatenate([[np.inf], through[origin, np.arange(segments)]])
-        if steps >= least_steps and reach[-1] < best:
-            best, best_steps = reach[-1], steps
-    bounds = [segments]
-    for origins in reversed(came_from[:best_steps]):
-        bounds.append(int(origins[bounds[-1] - 1]))
-    return np.array(bounds[::-1], dtype=np.intp)

@@ -33,6 +33,7 @@ __all__ = [
     "Edge",
     "bipartite_components",
     "condense",
+    "condense_graph",
     "live_units",
     "state_components",
 ]
@@ -184,7 +185,11 @@ def live_units(
 
 def condense(mask: BoolArray) -> Condensation:
     """Strongly connected components and topological layers of a square site, ``mask`` of shape (K, K)."""
-    graph = sparse.csr_array(mask)
+    return condense_graph(sparse.csr_array(mask))
+
+
+def condense_graph(graph: Any) -> Condensation:
+    """The same of a ``scipy.sparse.csr_array`` of edges, (K, K)."""
     _, labels = csgraph.connected_components(graph, directed=True, connection="strong")
     labels = _by_first_node(labels)
     count = int(labels.max(initial=-1)) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 import onnx_decompose as od
+from tools.bench_planted import is_recovered
+from tools.planted_models import Blocks, residual_stack
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,3 +125,56 @@ def test_files_round_trip(stack: onnx.ModelProto, tmp_path: Path) -> None:
     onnx.save(stack, original)
     od.rewrite(original, output, OPTIONS)
     assert od.validate(original, output, seeds=1, provider="cpu")
+
+
+class TestCascade:
+    """Strongly connected components that read each other, in one direction."""
+
+    CASCADE = od.Options(
+        null="zero", emit="triangular", force=True, batch=(256,), seeds=1, provider="cpu"
+    )
+
+    def test_three_in_a_stack_without_norms(self, rng: np.random.Generator) -> None:
+        planted = residual_stack((256, 512), Blocks(3, cascade=True), np.float32, rng, depth=2)
+        assert is_recovered(planted)
+        rewritten = od.rewrite(planted.model, options=self.CASCADE)
+        assert {site.decision for site in rewritten.report.sites} == {"triangular"}
+        for site in rewritten.report.sites:
+            assert "3 strongly connected components of more than one unit" in site.reason
+            outputs = sum(columns for _, columns in site.blocks)
+            assert outputs == site.shape[1]
+            assert sum(rows * columns for rows, columns in site.blocks) < 0.85 * 256 * 512
+        found = od.validate(planted.model, rewritten.model, seeds=2, budget=0, provider="cpu")
+        assert found, found.failure
+
+    def test_entries_that_the_blocks_have_room_for_stay(self, rng: np.random.Generator) -> None:
+        """The null leaves holes in the blocks: the dense blocks keep those entries as they were."""
+        planted = residual_stack((96, 192), Blocks(3, cascade=True), np.float32, rng, depth=2)
+        options = dataclasses.replace(
+            self.CASCADE, null="normal:0.05", criterion="ksigma:1", budget=1.0
+        )
+        rewritten = od.rewrite(planted.model, options=options)
+        assert {site.decision for site in rewritten.report.sites} == {"triangular"}
+        before = {t.name: numpy_helper.to_array(t) for t in planted.model.graph.initializer}
+        after = {t.name: numpy_helper.to_array(t) for t in rewritten.annealed.graph.initializer}
+        for site in rewritten.report.sites:
+            assert site.density < 0.66  # of 2/3 that are not zero
+        changed = sum(
+            int(np.count_nonzero(before[name] != after[name])) for name in before.keys() & after
+        )
+        assert changed == 0
+        found = od.validate(planted.model, rewritten.model, seeds=2, provider="cpu")
+        assert found, found.failure
+
+    def test_the_same_weights_shuffled_are_left_alone(self, rng: np.random.Generator) -> None:
+        planted = residual_stack((96, 192), Blocks(3, cascade=True), np.float32, rng, depth=2)
+        control = onnx.ModelProto()
+        control.CopyFrom(planted.model)
+        for tensor in control.graph.initializer:
+            values = numpy_helper.to_array(tensor)
+            mixed = rng.permutation(values.reshape(-1)).reshape(values.shape)
+            tensor.CopyFrom(numpy_helper.from_array(mixed, tensor.name))
+        options = dataclasses.replace(self.CASCADE, emit="auto")
+        report = od.rewrite(control, options=options).report
+        assert not report.summary.decomposable
+        assert report.sites[0].reason.endswith("nothing to take apart")

@@ -41,7 +41,13 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 FREE = dataclasses.replace(
-    CPU, kernel=1e-12, block=1e-12, copy_rate=1e15, elementwise_rate=1e15, gather_rate=1e15
+    CPU,
+    kernel=1e-12,
+    block=1e-12,
+    copy_rate=1e15,
+    elementwise_rate=1e15,
+    gather_rate=1e15,
+    pick_ratio=0.0,
 )
 """A provider where every component is worth a branch."""
 

@@ -43,6 +43,7 @@ from tools.planted_models import (
     matmul,
     recurrent,
     residual_stack,
+    square,
 )
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ BUILDERS: dict[str, Callable[[type[Any], np.random.Generator], PlantedModel]] = 
     "unequal": lambda dtype, rng: ffn((40, 80, 40), Blocks(4, equal=False), dtype, rng),
     "gated": lambda dtype, rng: gated_ffn((12, 24), Blocks(3), dtype, rng),
     "residual": lambda dtype, rng: residual_stack((12, 24), Blocks(3), dtype, rng),
+    "residual cascade": lambda dtype, rng: residual_stack(
+        (12, 24), Blocks(3, cascade=True), dtype, rng
+    ),
+    "ffn cascade": lambda dtype, rng: ffn((12, 24, 15), Blocks(3, cascade=True), dtype, rng),
+    "square cascade": lambda dtype, rng: square(12, Blocks(3, cascade=True), dtype, rng),
     "lstm": lambda dtype, rng: recurrent("LSTM", (5, 9), Blocks(3), dtype, rng),
     "gru": lambda dtype, rng: recurrent("GRU", (5, 9), Blocks(3), dtype, rng),
     "banded": lambda dtype, rng: banded(16, 2, dtype, rng),
@@ -117,6 +123,17 @@ def test_a_wrong_truth_is_noticed() -> None:
     assert is_recovered(elsewhere) is False
 
 
+@pytest.mark.parametrize("name", ["residual cascade", "ffn cascade", "square cascade"])
+def test_a_wrong_cascade_is_noticed(name: str) -> None:
+    planted = built(name)
+    assert planted.structure == "cascade"
+    value = next(value for value in planted.truth if value != "x")
+    swapped = planted.truth[value].copy()
+    swapped[[0, int(np.flatnonzero(swapped != swapped[0])[0])]] += 1
+    wrong = dataclasses.replace(planted, truth={**planted.truth, value: swapped})
+    assert is_recovered(wrong) is False
+
+
 def test_an_axis_cannot_be_right_alone() -> None:
     """Each axis is divided as planted, but hidden units go with other inputs than their own."""
     planted = built("ffn")
@@ -166,7 +183,10 @@ def test_the_suite_has_every_kind_of_structure() -> None:
     full, quick = cases(quick=False), cases(quick=True)
     assert set(quick) < set(full)
     assert {f"ffn-{count}" for count in (2, 4, 8, 16, 32, 64)} <= set(full)
-    kinds = ("gated", "residual", "lstm", "gru", "banded", "triangular", "control", "matmul")
+    kinds = (
+        *("gated", "residual", "residual-cascade", "ffn-cascade", "square-cascade"),
+        *("lstm", "gru", "banded", "triangular", "control", "matmul"),
+    )
     for kind in kinds:
         assert any(name.startswith(kind) for name in quick)
     assert any("unequal" in name for name in quick)

@@ -14,7 +14,7 @@ from onnx_decompose.borders import common_order, gathered_order, layout_of
 from onnx_decompose.cost import CPU, CUDA, CostModel
 from onnx_decompose.plan import RegionPlan, plan_region
 from onnx_decompose.stacks import Grouping, Stack, StackLayout
-from onnx_decompose.state_graph import Emit, StateGraph
+from onnx_decompose.state_graph import Emit, StateGraph, is_cascade
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,13 +63,26 @@ def planted(
     return graph_of(sizes, (0, 1, first), (1, 2, second)), labels
 
 
+def check_axis(plan: RegionPlan, axis: int) -> NDArray[np.intp]:
+    """The units of all branches on an axis, side by side."""
+    units = [branch.units[axis] for branch in plan.branches]
+    assert all(part.size > 0 for part in units)
+    owned = np.concatenate(units)
+    if is_cascade(plan.branches, axis):
+        assert plan.decision == "triangular"
+        assert np.unique(owned).size == owned.size
+        for branch in plan.branches:  # a run of all branches' units, side by side
+            places = [owned.tolist().index(unit) for unit in branch.inputs(axis)]
+            assert (np.diff(places) == 1).all()
+    else:
+        assert all((np.diff(part) > 0).all() for part in units)
+    return owned
+
+
 def check(graph: StateGraph, plan: RegionPlan) -> None:
     """What makes a plan exact, whatever its branches are."""
     for axis, size in enumerate(graph.axis_sizes):
-        units = [branch.units[axis] for branch in plan.branches]
-        assert all(part.size > 0 for part in units)
-        assert all((np.diff(part) > 0).all() for part in units)
-        owned = np.concatenate(units)
+        owned = check_axis(plan, axis)
         if plan.decision != "triangular" or axis not in graph.entries:
             assert np.unique(owned).size == owned.size
         if axis in graph.exits:
@@ -84,7 +97,7 @@ def check(graph: StateGraph, plan: RegionPlan) -> None:
     for edge, mask in zip(graph.edges, plan.masks, strict=True):
         inside = np.zeros_like(mask)
         for branch in plan.branches:
-            inside[np.ix_(branch.units[edge.source], branch.units[edge.target])] = True
+            inside[np.ix_(branch.inputs(edge.source), branch.units[edge.target])] = True
         assert not (mask & ~inside).any()
         assert not (mask & ~edge.mask).any()
 
@@ -339,16 +352,65 @@ def test_a_hidden_triangular_form_is_cut_between_its_blocks(rng: np.random.Gener
     assert gathered_order(plan.positions(0)) is not None
 
 
+def test_a_band_through_two_sites_is_one_cascade(rng: np.random.Generator) -> None:
+    hidden = rng.permutation(64)
+    first, second = band(64, 4)[:, hidden], band(64, 4)[hidden]
+    graph = graph_of((64, 64, 64), (0, 1, first), (1, 2, second))
+    plan = plan_region(graph, dataclasses.replace(FREE, kernel=1e-9))
+    check(graph, plan)
+    assert plan.decision == "triangular"
+    assert is_cascade(plan.branches, 1)
+    assert not is_cascade(plan.branches, 0)
+    assert layout_of(plan.positions(2), 64) == "whole"
+    assert plan.entries(0, 1) + plan.entries(1, 2) < 0.4 * 2 * 64 * 64
+    assert f"cut in the given order: {len(plan.branches)} groups of units read " in plan.reason
+
+
 @pytest.mark.parametrize("emit", ["auto", "triangular"])
-def test_covers_are_for_single_sites(emit: Emit) -> None:
-    graph = graph_of((16, 16, 16), (0, 1, band(16, 2)), (1, 2, np.ones((16, 16))))
-    plan = plan_region(graph, FREE, emit)
-    assert plan.decision == "dense"
-    if emit == "triangular":
-        assert plan.reason.endswith("groups of outputs are looked for in a single site only")
-    # An input that is also read outside would have to be put together again.
+def test_an_input_that_is_read_outside_too_is_not_cut(emit: Emit) -> None:
     graph = graph_of((16, 16), (0, 1, band(16, 2)), exits=(0, 1))
     assert plan_region(graph, FREE, emit).decision == "dense"
+
+
+def residual(
+    rng: np.random.Generator, count: int, *, size: int = 24, depth: int = 2
+) -> tuple[StateGraph, list[NDArray[np.intp]]]:
+    """State -> hidden -> state, ``depth`` times: ``count`` strongly connected components in cascade, hidden."""
+    labels = [rng.permutation(np.arange(size) % count) for _ in range(depth + 1)]
+    edges = []
+    for axis in range(1, depth + 1):
+        edges.append((0, axis, labels[0][:, None] <= labels[axis]))
+        edges.append((axis, 0, labels[axis][:, None] <= labels[0]))
+    graph = graph_of((size,) * (depth + 1), *edges, entries=(0,), exits=(0,))
+    return dataclasses.replace(graph, inner=(0, *range(1, depth + 1))), labels
+
+
+def test_a_residual_stack_is_cut_by_its_strongly_connected_components(
+    rng: np.random.Generator,
+) -> None:
+    graph, labels = residual(rng, 3)
+    plan = plan_region(graph, dataclasses.replace(FREE, batches=(1,)))
+    check(graph, plan)
+    assert (plan.decision, len(plan.branches)) == ("triangular", 3)
+    for number, branch in enumerate(plan.branches):
+        for axis, label in enumerate(labels):
+            assert set(label[branch.units[axis]]) == {number}
+            assert set(label[branch.inputs(axis)]) == set(range(number + 1))
+    assert plan.blocks(0, 1) == ((8, 8), (16, 8), (24, 8))
+    assert (
+        "3 strongly connected components of more than one unit, 3 layers: 3 groups of units read 67% of the entries"
+        in plan.reason
+    )
+
+
+def test_what_groups_exchange_has_its_price(rng: np.random.Generator) -> None:
+    graph, _ = residual(rng, 3)
+    slow = dataclasses.replace(FREE, batches=(1,), copy_rate=1e6)
+    assert plan_region(graph, slow).decision == "dense"
+    plan = plan_region(graph, slow, "triangular")
+    check(graph, plan)
+    assert plan.decision == "triangular"
+    assert plan.relative_cost > 1
 
 
 def test_a_cover_that_is_asked_for_may_cost_more() -> None:
@@ -359,7 +421,7 @@ def test_a_cover_that_is_asked_for_may_cost_more() -> None:
     assert (plan.decision, len(plan.branches)) == ("triangular", 2)
     plan = plan_region(graph_of((4, 4), (0, 1, np.ones((4, 4)))), FREE, "triangular")
     assert plan.decision == "dense"
-    assert plan.reason.endswith("no two groups of outputs read less than everything")
+    assert plan.reason.endswith("no two groups of units read less than everything")
 
 
 LAYOUTS: frozenset[StackLayout] = frozenset({"columns", "rows"})

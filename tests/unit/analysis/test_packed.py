@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +30,15 @@ def test_an_equal_array_comes_back(shape: tuple[int, int], rng: np.random.Genera
 def test_a_tuple_of_arrays(rng: np.random.Generator) -> None:
     masks = tuple(rng.random((4, n)) < 0.5 for n in (1, 9))
     found = Holder(masks).mask
-    assert isinstance(found, tuple)
+    assert isinstance(found, Sequence)
+    assert len(found) == 2
+    np.testing.assert_array_equal(found[1], masks[1], strict=True)
+    np.testing.assert_array_equal(found[1:][0], masks[1], strict=True)
+    with pytest.raises(IndexError):
+        found[2]
+    again: Any = dataclasses.replace(Holder(masks), other=1).mask
+    for got, expected in zip(again, masks, strict=True):
+        np.testing.assert_array_equal(got, expected, strict=True)
     for got, expected in zip(found, masks, strict=True):
         np.testing.assert_array_equal(got, expected, strict=True)
 
