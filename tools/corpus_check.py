@@ -18,6 +18,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
 import onnx_decompose
 from onnx_decompose.constants import Constants
 from onnx_decompose.errors import DecomposeError
@@ -103,8 +105,10 @@ def _forms(model: Model) -> dict[str, int]:
     sites, _ = find_sites(model, constants)
     readers = collections.Counter(site.tensor for site in sites)
     initializers = {tensor.name for tensor in model.proto.graph.initializer}
+    held = [site.quantized.codes.name if site.quantized else site.weight for site in sites]
     forms = collections.Counter(
-        _form(site, constants[site.weight], initializers, readers) for site in sites
+        _form(site, constants[name], initializers, readers)
+        for site, name in zip(sites, held, strict=True)
     )
     return dict(forms.most_common())
 
@@ -114,6 +118,8 @@ def _form(
 ) -> str:
     parts = [site.op_type]
     parts.append("initializer" if site.tensor in initializers else "Constant node")
+    if site.quantized is not None:
+        parts.append(onnx.TensorProto.DataType.Name(constant.data_type))
     if site.weight != site.tensor:
         parts.append("through other nodes")
     if site.transposed:
