@@ -89,8 +89,8 @@ class CostModel:
         return self.kernel + 2 * rows * units * itemsize / self.elementwise_rate
 
     def gather(self, rows: int, units: Units, itemsize: int) -> Units:
-        """Seconds of a Gather of (rows, units) along the last axis."""
-        return self.kernel + rows * units * itemsize / self.gather_rate
+        """Seconds of a Gather of (rows, units) along the last axis: narrow elements take as long as those of 4 bytes."""
+        return self.kernel + rows * units * max(itemsize, 4) / self.gather_rate
 
     def picks(self, itemsize: int) -> bool:
         """Whether :meth:`pick` can be had for elements of ``itemsize`` bytes."""

@@ -34,6 +34,11 @@ def test_half_precision_has_a_rate_of_its_own() -> None:
     assert UNIT.batched_matmul(100, 3, 10, 10, 2) == pytest.approx(2.5 + 60_000 / 15)
 
 
+def test_a_gather_copies_narrow_elements_one_by_one_too() -> None:
+    assert UNIT.gather(10, 4, 1) == UNIT.gather(10, 4, 2) == UNIT.gather(10, 4, 4)
+    assert UNIT.gather(10, 4, 8) > UNIT.gather(10, 4, 4)
+
+
 def test_integers_have_a_rate_of_their_own() -> None:
     assert UNIT.matmul(100, 10, 10, 1) == pytest.approx(1 + 20_000 / 16)
 
