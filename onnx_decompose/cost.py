@@ -89,7 +89,7 @@ class CostModel:
         return self.kernel + 2 * rows * units * itemsize / self.elementwise_rate
 
     def gather(self, rows: int, units: Units, itemsize: int) -> Units:
-        """Seconds of a Gather of (rows, units) along the last axis: narrow elements take as long as those of 4 bytes."""
+        """Seconds of a Gather of (rows, units) along the last axis; a narrow element takes as long as one of 4."""
         return self.kernel + rows * units * max(itemsize, 4) / self.gather_rate
 
     def picks(self, itemsize: int) -> bool:

@@ -131,11 +131,18 @@ def rewrite(
     )
     check_record(result, weights)
     for proto, touched in (
-        (result.annealed, {site.node for site in weights}),
+        (result.annealed, _reweighted(source.graph, weights)),
         (result.proto, set(rewriting.touched(study.model))),
     ):
         check_rest(source, proto, touched)
     return result
+
+
+def _reweighted(graph: onnx.GraphProto, sites: Iterable[Site]) -> set[int]:
+    """The nodes of some sites, and those that make weights of integers for them."""
+    made = {name for site in sites if site.quantized for name in site.quantized.made}
+    making = {i for i, node in enumerate(graph.node) if not made.isdisjoint(node.output)}
+    return making | {site.node for site in sites}
 
 
 def passes_for(
