@@ -1,4 +1,4 @@
-"""Accuracy of the reference models, for ``--metric models.metrics:accuracy``; numpy only."""
+"""Quality of the reference models, for ``--metric models.metrics:accuracy`` and the like; numpy only."""
 
 from __future__ import annotations
 
@@ -47,3 +47,27 @@ def task_accuracy(
         if rows.any():
             found[name] = float((logits[rows, slot].argmax(axis=1) == labels[rows]).mean())
     return found
+
+
+def task_likelihood(
+    inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
+) -> dict[str, float]:
+    """Mean log-likelihood of the label per task, in nats; arguments and tasks as in :func:`task_accuracy`.
+
+    Of a few samples it tells more than accuracy: each counts by how sure the model is.
+    """
+    logits, labels = outputs["logits"].astype(np.float64), inputs["labels"]
+    if "task" not in inputs:
+        return {"all": _likelihood(logits, labels)}
+    found = {}
+    for number, (name, slot) in enumerate(OUTPUT_SLOTS.items()):
+        rows = inputs["task"] == number
+        if rows.any():
+            found[name] = _likelihood(logits[rows, slot], labels[rows])
+    return found
+
+
+def _likelihood(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    chosen = shifted[np.arange(len(labels)), labels]
+    return float((chosen - np.log(np.exp(shifted).sum(axis=1))).mean())

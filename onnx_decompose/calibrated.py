@@ -23,21 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.analysis.refit import (
-    Compensation,
-    Observed,
-    degrees_of_freedom,
-    refit_weight,
-)
+from onnx_decompose.analysis.gram import MomentAccumulator
+from onnx_decompose.analysis.refit import Compensation, degrees_of_freedom, refit_weight
 from onnx_decompose.biases import find_biases
 from onnx_decompose.closing import restore
 from onnx_decompose.errors import DataError
+from onnx_decompose.neighbours import with_neighbours
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.refits import Refit
 from onnx_decompose.shapes import opset_of
-from onnx_decompose.site_statistics import input_moments, joint_moments
+from onnx_decompose.site_statistics import input_moments, side_by_side
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.gram import Moments
@@ -53,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = [
     "CalibrationContext",
+    "Focus",
     "Generator",
     "Parts",
     "Proposal",
@@ -82,6 +82,23 @@ class Parts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Focus:
+    """Rows that count for some outputs and not for others: a group's outputs are fitted where the group is active.
+
+    Attributes:
+        count: number of groups.
+        entries: values of the original that tell.
+        shares: from those values by name, (rows, groups): the weight of each row for each group.
+        groups: by site name, the group of each output, (N,); negative for none.
+    """
+
+    count: int
+    entries: tuple[str, ...]
+    shares: Callable[[Mapping[str, NDArray[Any]]], NDArray[np.float64]]
+    groups: Mapping[str, NDArray[np.intp]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Proposal:
     """Which entries may stay.
 
@@ -89,12 +106,14 @@ class Proposal:
         name: for the report, such as ``support(4 components)``.
         masks: by site name, (K, N) bool; sites that are not named stay as they are.
         starts: entries to begin with in the place of the original's, (K, N) by site name.
+        focus: which rows count for which outputs; None for all alike.
         family: proposals of one family are nested, or nearly so: a faster one is a less exact one.
     """
 
     name: str
     masks: Masks
     starts: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    focus: Focus | None = None
     family: str = ""
 
 
@@ -108,6 +127,7 @@ class CalibrationContext:
         provider: where models run.
         seed: of everything random.
         compensation: what makes up for what goes.
+        neighbours: whether a few samples to fit on are joined by others made up around them.
         sequential: whether the refit of a site sees what was annealed before it.
     """
 
@@ -116,6 +136,7 @@ class CalibrationContext:
     provider: Provider
     seed: int = 0
     compensation: Compensation = "ridge"
+    neighbours: bool = True
     sequential: bool = True
 
     @property
@@ -151,16 +172,24 @@ class CalibrationContext:
         """The same on the part to choose on."""
         return self._moments(self.parts.choose)
 
+    @functools.cached_property
+    def fitting(self) -> Samples:
+        """What refits are fitted on: the part to fit on, and neighbours where it is small."""
+        fit = self.parts.fit
+        return with_neighbours(fit, self.rng) if self.neighbours else fit
+
+    @functools.cached_property
+    def fitted(self) -> Mapping[str, Moments]:
+        """Moments of what the original's sites read, by value, on what refits are fitted on."""
+        return self.fit if self.fitting is self.parts.fit else self._moments(self.fitting)
+
     def _moments(self, samples: Samples) -> Mapping[str, Moments]:
         values = list(dict.fromkeys(site.input for site in self.sites))
         return input_moments(self.study.source, values, samples, self.provider)
 
     def power(self, site: Site, moments: Mapping[str, Moments]) -> NDArray[np.float64]:
         """(N,) variance of what the original's site makes."""
-        weight = self.study.weight(site).astype(np.float64)
-        covariance = moments[site.input].xx
-        power: NDArray[np.float64] = ((covariance @ weight) * weight).sum(axis=0)
-        return np.maximum(power, 0.0)
+        return moments[site.input].through(self.study.weight(site)).yy
 
     def too_few(self) -> str | None:
         """Why there are too few samples to refit on, with the number that would do; None if there are enough.
@@ -208,31 +237,16 @@ def split_samples(samples: Samples, seed: int) -> Parts:
 
 def refitted(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit]:
     """New weights and biases of the sites that ``proposal`` names, from the front of the model to its end."""
-    study = context.study
-    sites = [site for site in context.sites if site.name in proposal.masks]
     stages: dict[str, list[Site]] = {}
-    for site in sites:
-        stages.setdefault(site.input, []).append(site)
+    for site in context.sites:
+        if site.name in proposal.masks:
+            stages.setdefault(site.input, []).append(site)
     refits: dict[str, Refit] = {}
-    for value, stage in stages.items():
-        fit, choose = _moments_of(context, value, refits)
-        for site in stage:
-            weight = study.weight(site)
-            found = refit_weight(
-                weight,
-                proposal.starts.get(site.name, weight),
-                proposal.masks[site.name],
-                Observed(fit, choose, context.power(site, context.choose)),
-                context.compensation,
-            )
-            logger.debug(
-                "%s: %s: left %.2g of the product's spread, ridges %s",
-                proposal.name,
-                site.name,
-                found.relative_error,
-                sorted(set(found.ridges)),
-            )
-            refits[site.name] = Refit(found.weight.astype(weight.dtype), found.added)
+    current = context.study.source
+    for value, sites in stages.items():
+        refits |= _Stage(context, proposal, value, sites).refit(current)
+        if context.sequential:
+            current = annealed_by(context.study, refits)
     return refits
 
 
@@ -248,16 +262,112 @@ def annealed_by(study: Study, refits: Mapping[str, Refit]) -> Model:
     return restore(study.flat, ReplaceWeights(weights, biases)(study.model).model)
 
 
-def _moments_of(
-    context: CalibrationContext, value: str, refits: Mapping[str, Refit]
-) -> tuple[Moments, Moments]:
-    """Moments of ``value`` in the model annealed so far with the same value of the original."""
-    if not refits or not context.sequential:
-        return context.fit[value], context.choose[value]
-    current = annealed_by(context.study, refits)
-    original = context.study.source
-    fit, choose = (
-        joint_moments(current, original, [value], samples, context.provider)[value]
-        for samples in (context.parts.fit, context.parts.choose)
-    )
-    return fit, choose
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Sites, or parts of them, that are refitted to the same rows.
+
+    Attributes:
+        rows: the inputs that any of the outputs may use.
+        columns: outputs by site name, in the order in which they stand side by side.
+        group: whose rows they are; None for all alike.
+    """
+
+    rows: NDArray[np.intp]
+    columns: Mapping[str, NDArray[np.intp]]
+    group: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Stage:
+    """The sites that read one value."""
+
+    context: CalibrationContext
+    proposal: Proposal
+    value: str
+    sites: Sequence[Site]
+
+    def refit(self, current: Model) -> dict[str, Refit]:
+        """New weights, where ``current`` is the model as annealed before this value."""
+        weights = {site.name: self.context.study.weight(site) for site in self.sites}
+        starts = {
+            name: self.proposal.starts.get(name, weight) for name, weight in weights.items()
+        }
+        new = {name: np.zeros(start.shape) for name, start in starts.items()}
+        added = {name: np.zeros(start.shape[1]) for name, start in starts.items()}
+        jobs = list(self._jobs())
+        fits, choices = (
+            self._moments(jobs, current, samples)
+            for samples in (self.context.fitting, self.context.parts.choose)
+        )
+        for job, fit, choose in zip(jobs, fits, choices, strict=True):
+            found = refit_weight(
+                self._joined(starts, job),
+                self._joined(self.proposal.masks, job),
+                fit,
+                choose,
+                self.context.compensation,
+            )
+            logger.debug(
+                "%s: %s: left %.2g of the spread, ridges %s",
+                self.proposal.name,
+                ", ".join(job.columns),
+                found.relative_error,
+                sorted(set(found.ridges)),
+            )
+            start = 0
+            for name, columns in job.columns.items():
+                part = slice(start, start + columns.size)
+                new[name][np.ix_(job.rows, columns)] = found.weight[:, part]
+                added[name][columns] = found.added[part]
+                start += columns.size
+        return {name: Refit(new[name].astype(starts[name].dtype), added[name]) for name in new}
+
+    def _jobs(self) -> Iterator[_Job]:
+        focus = self.proposal.focus
+        if focus is None:
+            everything = {site.name: np.arange(site.shape[1]) for site in self.sites}
+            yield _Job(np.arange(self.sites[0].shape[0]), everything)
+            return
+        for group in (*range(focus.count), None):
+            columns = {
+                site.name: np.flatnonzero(
+                    focus.groups[site.name] < 0
+                    if group is None
+                    else focus.groups[site.name] == group
+                )
+                for site in self.sites
+            }
+            used = [
+                self.proposal.masks[name][:, own].any(axis=1) for name, own in columns.items()
+            ]
+            if any(own.size for own in columns.values()):
+                yield _Job(np.flatnonzero(np.any(used, axis=0)), columns, group)
+
+    def _moments(self, jobs: Sequence[_Job], current: Model, samples: Samples) -> list[Moments]:
+        """Of each job: what its inputs are now, and what its outputs should be."""
+        study, focus = self.context.study, self.proposal.focus
+        if current is study.source and focus is None:
+            known = (
+                self.context.fitted if samples is self.context.fitting else self.context.choose
+            )
+            weights = [study.weight(site) for site in self.sites]
+            return [known[self.value].through(np.hstack(weights))]
+        wide = {site.name: study.weight(site).astype(np.float64) for site in self.sites}
+        adding = [MomentAccumulator() for _ in jobs]
+        values = [self.value, *(focus.entries if focus else ())]
+        for now, before in side_by_side(
+            current, study.source, list(dict.fromkeys(values)), samples, self.context.provider
+        ):
+            shares = None if focus is None else focus.shares(before)
+            z = before[self.value].reshape(-1, before[self.value].shape[-1]).astype(np.float64)
+            x = now[self.value].reshape(-1, now[self.value].shape[-1])
+            for job, accumulator in zip(jobs, adding, strict=True):
+                weight = None if shares is None or job.group is None else shares[:, job.group]
+                accumulator.update(x[:, job.rows], z @ self._columns(wide, job), weight)
+        return [accumulator.result() for accumulator in adding]
+
+    def _columns(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:
+        return np.hstack([arrays[name][:, own] for name, own in job.columns.items()])
+
+    def _joined(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:
+        return self._columns(arrays, job)[job.rows]

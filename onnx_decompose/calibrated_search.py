@@ -26,6 +26,7 @@ from onnx_decompose.cost_cache import cost_model
 from onnx_decompose.decay_proposals import decayed_units
 from onnx_decompose.decompose import annealed_model, attempt
 from onnx_decompose.refits import Refit
+from onnx_decompose.support_proposals import supported_groups
 from onnx_decompose.verify import AnnealingClaim, measure_annealing
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["GENERATORS", "Calibrated", "calibrate_within_budget", "context_for"]
 
-GENERATORS: tuple[Generator, ...] = (decayed_units,)
+GENERATORS: tuple[Generator, ...] = (decayed_units, supported_groups)
 """What proposals come from."""
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,7 @@ class DeviationAccumulator:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metric:
-    """The user's ``metric(inputs, outputs) -> float``, higher is better.
+    """The user's ``metric(inputs, outputs)``: a number, higher is better, or several of them by name.
 
     Attributes:
         name: ``module:function``, for messages.
@@ -163,7 +164,15 @@ class Metric:
     function: Callable[[Feeds, Feeds], Any]
 
     def __call__(self, inputs: Feeds, outputs: Feeds) -> float:
-        """The metric's value.
+        """The metric's value; the mean of several.
+
+        Raises:
+            DataError: the function fails, or gives no finite number.
+        """
+        return float(np.mean(list(self.values(inputs, outputs).values())))
+
+    def values(self, inputs: Feeds, outputs: Feeds) -> dict[str, float]:
+        """The metric's values by name; a single one has none.
 
         Raises:
             DataError: the function fails, or gives no finite number.
@@ -176,12 +185,18 @@ class Metric:
                 f"metric {self.name}: failed with {type(error).__name__}: {told}; it was given "
                 f"inputs {sorted(inputs)} and outputs {sorted(outputs)}"
             ) from error
+        found = value if isinstance(value, Mapping) and value else {"": value}
+        return {str(name): self._number(one) for name, one in found.items()}
+
+    def _number(self, value: Any) -> float:
         try:
             number = math.nan if isinstance(value, str | bytes) else float(value)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise DataError(f"metric {self.name}: gave {value!r:.60}; return one finite number")
+            raise DataError(
+                f"metric {self.name}: gave {value!r:.60}; return one finite number, or several by name"
+            )
         return number
 
 

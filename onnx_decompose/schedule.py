@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,8 +66,9 @@ def anneal_within_budget(
     if not options.calibrates:
         return Annealed(tried, refusal, inputs)
     stands = tried.takes_apart and refusal is None and options.annealing == "auto"
+    to_beat = math.inf if options.force or options.emit != "auto" else 1.0
     found = calibrate_within_budget(
-        study, options, inputs, provider, to_beat=tried.predicted_cost if stands else 1.0
+        study, options, inputs, provider, to_beat=tried.predicted_cost if stands else to_beat
     )
     if isinstance(found, Calibrated):
         return Annealed(found.tried, None, found.inputs)

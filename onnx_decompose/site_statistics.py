@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnx_decompose.samples import Samples
     from onnx_decompose.sessions import Provider
 
-__all__ = ["input_moments", "joint_moments", "observe"]
+__all__ = ["input_moments", "observe", "side_by_side"]
 
 
 def observe(
@@ -59,19 +59,23 @@ def input_moments(
     return {name: accumulator.result() for name, accumulator in adding.items()}
 
 
-def joint_moments(
+def side_by_side(
     model: Model, original: Model, values: Sequence[str], samples: Samples, provider: Provider
-) -> dict[str, Moments]:
-    """Moments of each value of ``model`` with the value of the same name in ``original``, by name."""
-    adding = {name: MomentAccumulator() for name in values}
-    for now, before in zip(
-        observe(model, values, samples, provider),
-        observe(original, values, samples, provider),
-        strict=True,
-    ):
-        for name, accumulator in adding.items():
-            accumulator.update(now[name], before[name])
-    return {name: accumulator.result() for name, accumulator in adding.items()}
+) -> Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]:
+    """The named values of ``model`` and of ``original`` on every batch; one run serves both where they are the same.
+
+    Args:
+        model: the model as it is now.
+        original: as it was.
+        values: names of values that both have.
+        samples: what they are run on.
+        provider: where they run.
+    """
+    before = observe(original, values, samples, provider)
+    if model is original:
+        yield from ((found, found) for found in before)
+        return
+    yield from zip(observe(model, values, samples, provider), before, strict=True)
 
 
 def _exposed(model: Model, values: Sequence[str]) -> Model:

@@ -22,7 +22,7 @@ from onnx_decompose.cases import (
     runnable,
     sample_cases,
 )
-from onnx_decompose.errors import ModelError, OptionError
+from onnx_decompose.errors import DataError, ModelError, OptionError
 from onnx_decompose.metadata import carry_the_same, read_decomposition
 from onnx_decompose.metrics import DeviationAccumulator
 from onnx_decompose.proof import annealed_model, prove_structure
@@ -415,11 +415,19 @@ def _deviation(
 
 
 def _metric_drop(metric: Metric, scores: list[tuple[Feeds, Feeds, Feeds]]) -> float:
-    """How much lower the metric is for the second set of outputs; metrics see all samples at once."""
+    """How much lower the metric is for the second set of outputs, the one that drops most of several.
+
+    Metrics see all samples at once.
+    """
     inputs = _joined([inputs for inputs, _, _ in scores])
-    before = metric(inputs, _joined([outputs for _, outputs, _ in scores]))
-    after = metric(inputs, _joined([outputs for _, _, outputs in scores]))
-    return before - after
+    before = metric.values(inputs, _joined([outputs for _, outputs, _ in scores]))
+    after = metric.values(inputs, _joined([outputs for _, _, outputs in scores]))
+    if before.keys() != after.keys():
+        raise DataError(
+            f"metric {metric.name}: gave {sorted(before)} and then {sorted(after)} on the same inputs; "
+            "give the same names"
+        )
+    return max(before[name] - after[name] for name in before)
 
 
 def _joined(parts: list[Feeds]) -> Feeds:

@@ -1,18 +1,20 @@
-"""Second moments of what a site reads, streamed: no activation is kept.
+"""Second moments of what a site reads and what it should make, streamed: no activation is kept.
 
-    shift s = mean of the first batch          kept for good, so that sums stay small
-    sums   sum (x - s), sum (z - t)
-    xx     sum (x - s)(x - s)^T    (K, K)
-    xz     sum (x - s)(z - t)^T    (K, M)
+    shift s, t = means of the first batch       kept for good, so that sums stay small
+    sums   sum p (x - s), sum p (y - t)         p the weight of a row, 1 by default
+    xx     sum p (x - s)(x - s)^T    (K, K)
+    xy     sum p (x - s)(y - t)^T    (K, N)
+    yy     sum p (y - t)^2           (N,)
 
 Batches arrive as float32 (or whatever the model computes in) and are widened to float64 before they are multiplied: a
 Gram matrix of float32 products is good to 1e-7 of its largest eigenvalue, and a solution of normal equations needs the
-small ones. Memory: 8 (K^2 + K M) bytes per pair of values, whatever the number of samples.
+small ones. Memory: 8 (K^2 + K N) bytes per site, whatever the number of samples.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,81 +29,97 @@ __all__ = ["MomentAccumulator", "Moments"]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Means and central second moments of x, (K,), together with z, (M,), over the same rows.
+    """Means and central second moments of x, (K,), together with y, (N,), over the same rows.
 
     Attributes:
-        count: rows.
+        count: rows, or their total weight.
         mean_x: (K,) mean of x.
-        mean_z: (M,) mean of z.
+        mean_y: (N,) mean of y.
         xx: (K, K) covariance of x, divided by ``count``.
-        xz: (K, M) covariance of x with z, divided by ``count``.
+        xy: (K, N) covariance of x with y, divided by ``count``.
+        yy: (N,) variance of y.
     """
 
-    count: int
+    count: float
     mean_x: FloatArray
-    mean_z: FloatArray
+    mean_y: FloatArray
     xx: FloatArray
-    xz: FloatArray
+    xy: FloatArray
+    yy: FloatArray
 
     @property
     def spread(self) -> FloatArray:
         """(K,) standard deviation of x."""
         return np.sqrt(np.maximum(np.diagonal(self.xx), 0.0))
 
+    def through(self, weight: NDArray[Any]) -> Moments:
+        """The moments of x with x W, W of shape (K, N)."""
+        wide = weight.astype(np.float64)
+        xy = self.xx @ wide
+        yy = np.maximum((xy * wide).sum(axis=0), 0.0)
+        return Moments(self.count, self.mean_x, self.mean_x @ wide, self.xx, xy, yy)
+
 
 class MomentAccumulator:
-    """Adds up batches of x, and of z where z is another value; see the module's docstring."""
+    """Adds up batches of x and y; see the module's docstring."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._shift_x = self._shift_z = np.empty(0)
-        self._sum_x = self._sum_z = np.empty(0)
-        self._xx = np.empty((0, 0))
-        self._xz: FloatArray | None = None
+        self._begun = False
+        self._count = 0.0
+        self._shift_x = self._shift_y = np.empty(0)
+        self._sum_x = self._sum_y = self._yy = np.empty(0)
+        self._xx = self._xy = np.empty((0, 0))
 
-    def update(self, x: NDArray[Any], z: NDArray[Any] | None = None) -> None:
+    def update(
+        self, x: NDArray[Any], y: NDArray[Any] | None = None, weight: FloatArray | None = None
+    ) -> None:
         """Add one batch.
 
         Args:
             x: (..., K).
-            z: (..., M), row by row with ``x``; None where it is ``x`` itself, always or never.
+            y: (..., N), row by row with ``x``; none by default.
+            weight: (rows,) weight of each row, 0 or more; 1 by default.
         """
         x = _rows(x)
-        z = None if z is None else _rows(z)
+        y = np.zeros((x.shape[0], 0)) if y is None else _rows(y)
         if not x.shape[0]:
             return
-        if not self._count:
-            self._begin(x, z)
-        self._count += x.shape[0]
+        if not self._begun:
+            self._begin(x, y)
         x -= self._shift_x
-        self._sum_x += x.sum(axis=0)
-        self._xx += x.T @ x
-        if z is not None:
-            assert self._xz is not None
-            z -= self._shift_z
-            self._sum_z += z.sum(axis=0)
-            self._xz += x.T @ z
+        y -= self._shift_y
+        weight = np.ones(x.shape[0]) if weight is None else weight
+        self._count += float(weight.sum())
+        weighted = x * weight[:, None]
+        self._sum_x += weighted.sum(axis=0)
+        self._sum_y += weight @ y
+        self._xx += weighted.T @ x
+        self._xy += weighted.T @ y
+        self._yy += weight @ y**2
 
     def result(self) -> Moments:
-        """The moments of everything so far; at least one row is needed."""
-        assert self._count
-        offset_x = self._sum_x / self._count
-        mean_x = self._shift_x + offset_x
-        xx = self._xx / self._count - np.outer(offset_x, offset_x)
-        if self._xz is None:
-            return Moments(self._count, mean_x, mean_x, xx, xx)
-        offset_z = self._sum_z / self._count
-        xz = self._xz / self._count - np.outer(offset_x, offset_z)
-        return Moments(self._count, mean_x, self._shift_z + offset_z, xx, xz)
+        """The moments of everything so far; of nothing, all zero."""
+        count = self._count or 1.0
+        x, y = self._sum_x / count, self._sum_y / count
+        return Moments(
+            self._count,
+            self._shift_x + x,
+            self._shift_y + y,
+            self._xx / count - np.outer(x, x),
+            self._xy / count - np.outer(x, y),
+            np.maximum(self._yy / count - y**2, 0.0),
+        )
 
-    def _begin(self, x: FloatArray, z: FloatArray | None) -> None:
-        self._shift_x, self._sum_x = x.mean(axis=0), np.zeros(x.shape[1])
-        self._xx = np.zeros((x.shape[1], x.shape[1]))
-        if z is not None:
-            self._shift_z, self._sum_z = z.mean(axis=0), np.zeros(z.shape[1])
-            self._xz = np.zeros((x.shape[1], z.shape[1]))
+    def _begin(self, x: FloatArray, y: FloatArray) -> None:
+        self._begun = True
+        inputs, outputs = x.shape[1], y.shape[1]
+        self._shift_x, self._sum_x = x.mean(axis=0), np.zeros(inputs)
+        self._shift_y, self._sum_y = y.mean(axis=0), np.zeros(outputs)
+        self._xx, self._xy = np.zeros((inputs, inputs)), np.zeros((inputs, outputs))
+        self._yy = np.zeros(outputs)
 
 
 def _rows(values: NDArray[Any]) -> FloatArray:
     """A copy as float64, (rows, units)."""
-    return values.reshape(-1, values.shape[-1]).astype(np.float64)
+    rows = math.prod(values.shape[:-1])
+    return values.reshape(rows, values.shape[-1]).astype(np.float64)

@@ -1,7 +1,7 @@
 """Compensation in closed form: what is left of a weight takes over what was removed, as far as data shows it.
 
-A site of the original gives y = z W + b for its input z. The annealed model gives the site x in the place of z, and may
-use the entries in a mask only. Per output j with kept inputs S, and moments over the calibration rows,
+A site of the original makes y = z W of its input z. The annealed model gives the site x in the place of z, and may use
+the entries in a mask only. Per output j with kept inputs S, and moments over the calibration rows,
 
     minimize  var(y_j - x_S w)  +  ridge * mean(var x_S) * |w - w0|^2        w0: the start, the original's own entries
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = [
     "RIDGES",
     "Compensation",
-    "Observed",
     "RefitWeight",
     "degrees_of_freedom",
     "refit_weight",
@@ -74,62 +73,45 @@ class RefitWeight:
         return float(np.sqrt(kept.mean())) if kept.size else 0.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Observed:
-    """What data says of one site.
-
-    Attributes:
-        fit: moments of x with z, to fit on.
-        held_out: the same of other rows, to choose the ridge on.
-        power: (N,) variance of the original's outputs on the held-out rows.
-    """
-
-    fit: Moments
-    held_out: Moments
-    power: FloatArray
-
-
 def refit_weight(
-    target: NDArray[np.floating[Any]],
     start: NDArray[np.floating[Any]],
     mask: BoolArray,
-    observed: Observed,
+    fit: Moments,
+    held_out: Moments,
     compensation: Compensation = "ridge",
 ) -> RefitWeight:
-    """Refit one site.
+    """Refit one site, or the part of one that reads some of its inputs and makes some of its outputs.
 
     Args:
-        target: (M, N) the original weight, W.
-        start: (K, N) what the entries are before, w0; K = M unless units were merged.
+        start: (K, N) what the entries are before, w0.
         mask: (K, N) bool, the entries that may be used.
-        observed: what the site and its original read.
+        fit: moments of x with y, to fit on.
+        held_out: the same of other rows, to choose the ridge on.
         compensation: ``none`` leaves the entries and the bias, ``mean`` changes the bias alone.
     """
-    fit, held_out, power = observed.fit, observed.held_out, observed.power
-    target = target.astype(np.float64)
     weight = np.where(mask, start, 0.0).astype(np.float64)
-    wanted, shown = fit.xz @ target, held_out.xz @ target
-    error = np.full(target.shape[1], np.nan)
+    error = np.full(mask.shape[1], np.nan)
     ridges: list[float] = []
     for rows, outputs in _sets(mask):
         if not rows.size:
             continue
-        first = weight[np.ix_(rows, outputs)]
+        square, block = np.ix_(rows, rows), np.ix_(rows, outputs)
+        first = weight[block]
         problem = _Problem(
-            fit.xx[np.ix_(rows, rows)],
-            wanted[np.ix_(rows, outputs)],
-            held_out.xx[np.ix_(rows, rows)],
-            shown[np.ix_(rows, outputs)],
-            power[outputs],
+            fit.xx[square],
+            fit.xy[block],
+            held_out.xx[square],
+            held_out.xy[block],
+            held_out.yy[outputs],
         )
         if compensation == "ridge":
             best, ridge, left = problem.solve(first)
         else:
             best, ridge, left = first, np.inf, problem.error(first)
-        weight[np.ix_(rows, outputs)] = best
+        weight[block] = best
         error[outputs] = left
         ridges.append(ridge)
-    added = fit.mean_z @ target - fit.mean_x @ weight
+    added = fit.mean_y - fit.mean_x @ weight
     if compensation == "none":
         added = np.zeros_like(added)
     return RefitWeight(weight, added, error, tuple(ridges))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from onnx import numpy_helper
 from tests.e2e.planted import run, save
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -69,11 +72,11 @@ class Job:
         self.report_path, self.annealed = folder / "report.json", folder / "annealed.onnx"
         save(model, self.source)
 
-    def data(self, x: NDArray[np.float32]) -> Path:
-        np.savez(self.folder / "data.npz", x=x)
+    def data(self, x: NDArray[np.float32], **more: Any) -> Path:
+        np.savez(self.folder / "data.npz", x=x, **more)
         return self.folder / "data.npz"
 
-    def __call__(self, x: NDArray[np.float32], *options: object) -> Result:
+    def __call__(self, x: NDArray[np.float32], *options: object, **more: Any) -> Result:
         where = (
             "-o",
             self.output,
@@ -82,7 +85,7 @@ class Job:
             "--save-annealed",
             self.annealed,
         )
-        fixed = ("--force", "--batch", "1", "--calibration", self.data(x))
+        fixed = ("--force", "--batch", "1", "--calibration", self.data(x, **more))
         return self._command("rewrite", self.source, *where, *fixed, *options)
 
     @property
@@ -167,11 +170,16 @@ class TestRefusals:
     def test_outside_the_budget_with_the_figures(
         self, command: Command, rng: np.random.Generator, tmp_path: Path
     ) -> None:
-        model = faded(rng, kept=96)
-        result = Job(command, model, tmp_path)(normal(rng, 1000))
+        job = Job(command, faded(rng), tmp_path)
+        result = job(normal(rng, 1000), "--budget", "1e-5", "--compensation", "none")
         assert result.last_line.startswith("nothing to do: ")
-        assert "the relative L2 error would be" in result.last_line
-        assert "against a budget of 0.01" in result.last_line
+        told = re.search(
+            r"calibrated: at decay\([\d.e-]+\) \(1 substructure, [\d.]+ of the time predicted\) the relative L2 error "
+            r"would be [\d.e-]+ against a budget of 1e-05",
+            result.last_line,
+        )
+        assert told is not None, result.last_line
+        assert told[0] in job.report["summary"]["reason"]
 
     def test_a_named_null_is_what_is_tested(self, job: Job, rng: np.random.Generator) -> None:
         result = job(normal(rng, 1000), "--null", "zero")
@@ -193,3 +201,143 @@ class TestRefusals:
         result = command("rewrite", job.source, "-o", job.output, "--annealing", "calibrated")
         assert result.code == 2
         assert "--calibration" in result.err
+
+
+METRIC = """
+import numpy as np
+
+def own(inputs, outputs):
+    rows, group = np.arange(len(inputs["group"])), inputs["group"]
+    error = outputs["y"].reshape(len(rows), 3, 2)[rows, group] - inputs["wanted"]
+    return {f"group {g}": -float(np.abs(error[group == g]).mean()) for g in range(3)}
+"""
+
+SIZES = (6, 12, 18)
+"""Inputs of each group: unequal ones."""
+
+
+class Groups:
+    """A dense model whose inputs are active in groups, and whose outputs read what answers to one of them.
+
+    Every hidden unit reads all inputs, so that there is one component; of a group's outputs nothing is wanted but where
+    the group is active.
+    """
+
+    TEXT = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    groups (float[N, 36] x) => (float[N, 6] y)
+    {
+        a = Gemm(x, w0, b0)
+        g = Sigmoid(a)
+        s = Mul(a, g)
+        c = MatMul(s, w1)
+        d = Add(c, s)
+        e = Relu(d)
+        m = MatMul(e, w2)
+        y = Add(m, b2)
+    }
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, *, shuffled: bool = False, cross: float = 1e-3
+    ) -> None:
+        self.inputs = rng.permutation(np.repeat(np.arange(3), SIZES))
+        hidden = rng.permutation(np.repeat(np.arange(3), 20))
+        weights = [
+            rng.normal(size=(36, 60)) * np.where(self.inputs[:, None] == hidden, 0.5, 0.15),
+            rng.normal(size=(60, 60)) / 4 * (hidden[:, None] == hidden),
+            rng.normal(size=(60, 6)) / 4 * (hidden[:, None] == np.repeat(np.arange(3), 2)),
+        ]
+        weights[1] += cross * rng.normal(size=(60, 60))
+        weights[2] += cross * rng.normal(size=(60, 6))
+        if shuffled:
+            weights = [rng.permuted(weight.ravel()).reshape(weight.shape) for weight in weights]
+        self.model = onnx.parser.parse_model(self.TEXT)
+        arrays = {f"w{number}": weight for number, weight in enumerate(weights)}
+        arrays |= {"b0": rng.normal(size=60) / 4, "b2": rng.normal(size=6)}
+        self.model.graph.initializer.extend(
+            numpy_helper.from_array(array.astype(np.float32), name)
+            for name, array in arrays.items()
+        )
+        self._rng = rng
+
+    def data(self, source: Path, rows: int, *, shuffled: bool = False) -> dict[str, Any]:
+        """Inputs, the group that is active in each, and what the model makes of them for that group."""
+        group = self._rng.integers(0, 3, rows)
+        x = self._rng.normal(size=(rows, 36)) * (group[:, None] == self.inputs)
+        if shuffled:
+            x = self._rng.permuted(x, axis=0)
+        x = x.astype(np.float32)
+        wanted = run(source, x).reshape(rows, 3, 2)[np.arange(rows), group]
+        return {"x": x, "group": group, "wanted": wanted}
+
+
+class TestGroupedSupport:
+    @pytest.fixture
+    def rewrite(
+        self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[..., tuple[Result, Job]]:
+        (tmp_path / "quality_of_groups.py").write_text(METRIC, "utf-8")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        monkeypatch.delitem(sys.modules, "quality_of_groups", raising=False)
+
+        def run_it(
+            groups: Groups, *options: str, rows: int = 500, shuffled: bool = False
+        ) -> tuple[Result, Job]:
+            job = Job(command, groups.model, tmp_path)
+            data = groups.data(job.source, rows, shuffled=shuffled)
+            metric = (
+                "--metric",
+                "quality_of_groups:own",
+                "--budget",
+                "0.02",
+                "--emit",
+                "split",
+            )
+            return job(data.pop("x"), *metric, *options, **data), job
+
+        return run_it
+
+    def test_each_group_gets_units_of_its_own(
+        self, rewrite: Callable[..., tuple[Result, Job]], rng: np.random.Generator
+    ) -> None:
+        groups = Groups(rng)
+        result, job = rewrite(groups)
+        assert result.last_line.startswith("rewritten: "), result
+        report = job.report
+        assert report["criterion"].startswith("support(3 groups")
+        assert report["summary"]["substructures"] == 3
+        first, _, last = report["sites"]
+        assert sorted(inputs for inputs, _ in first["blocks"]) == list(SIZES)
+        assert [outputs for _, outputs in last["blocks"]] == [2, 2, 2]
+        assert report["claims"]["structural"]["passed"]
+        claim = report["claims"]["annealing"]
+        assert claim["measure"] == "drop of the metric"
+        new = groups.data(job.source, 2000)
+        rows = np.arange(2000)
+        after = run(job.output, new["x"]).reshape(2000, 3, 2)[rows, new["group"]]
+        assert np.abs(after - new["wanted"]).mean() < 0.02
+
+    @pytest.mark.parametrize("compensation", ["ridge", "none"])
+    def test_what_crosses_is_made_up_for_by_the_refit_alone(
+        self,
+        rewrite: Callable[..., tuple[Result, Job]],
+        rng: np.random.Generator,
+        compensation: str,
+    ) -> None:
+        result, job = rewrite(Groups(rng, cross=0.012), "--compensation", compensation)
+        count = job.report["summary"]["substructures"]
+        assert (count == 3) == (compensation == "ridge"), result.last_line
+
+    @pytest.mark.parametrize("what", ["weights", "data"])
+    def test_chance_gives_nothing(
+        self,
+        rewrite: Callable[..., tuple[Result, Job]],
+        rng: np.random.Generator,
+        what: str,
+    ) -> None:
+        """The same weights in another order, or inputs that are active each for itself."""
+        result, job = rewrite(Groups(rng, shuffled=what == "weights"), shuffled=what == "data")
+        assert result.code == 0
+        assert job.report["summary"]["substructures"] <= 1

@@ -184,3 +184,15 @@ class TestLoadMetric:
             load_metric("math:nothing")
         with pytest.raises(OptionError, match="pi is a float; name a function"):
             load_metric("math:pi")
+
+
+def test_a_metric_of_several_numbers_has_names() -> None:
+    metric = Metric("m:f", lambda _inputs, _outputs: {"first": np.float32(0.5), "second": 1})
+    assert metric.values({}, {}) == {"first": 0.5, "second": 1.0}
+    assert metric({}, {}) == 0.75
+
+
+@pytest.mark.parametrize("value", [{}, {"first": float("nan")}, {"first": "much"}])
+def test_several_numbers_must_be_numbers(value: object) -> None:
+    with pytest.raises(DataError, match="one finite number, or several by name"):
+        Metric("m:f", lambda _inputs, _outputs: value).values({}, {})

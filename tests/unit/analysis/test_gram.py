@@ -7,19 +7,41 @@ from onnx_decompose.analysis.gram import MomentAccumulator
 
 def test_batches_add_up_to_the_moments_of_all_rows(rng: np.random.Generator) -> None:
     x = rng.normal(3.0, 2.0, (60, 5))
-    z = x @ rng.normal(size=(5, 4)) + rng.normal(size=(60, 4)) - 7.0
+    y = x @ rng.normal(size=(5, 4)) + rng.normal(size=(60, 4)) - 7.0
     adding = MomentAccumulator()
     for start in (0, 7, 40):
         stop = {0: 7, 7: 40, 40: 60}[start]
-        adding.update(x[start:stop].reshape(1, -1, 5), z[start:stop].reshape(1, -1, 4))
+        adding.update(x[start:stop].reshape(1, -1, 5), y[start:stop].reshape(1, -1, 4))
     found = adding.result()
     assert found.count == 60
     np.testing.assert_allclose(found.mean_x, x.mean(axis=0))
-    np.testing.assert_allclose(found.mean_z, z.mean(axis=0))
+    np.testing.assert_allclose(found.mean_y, y.mean(axis=0))
     np.testing.assert_allclose(found.xx, np.cov(x.T, bias=True))
-    centred = (x - x.mean(axis=0)).T @ (z - z.mean(axis=0)) / 60
-    np.testing.assert_allclose(found.xz, centred, atol=1e-12)
+    centred = (x - x.mean(axis=0)).T @ (y - y.mean(axis=0)) / 60
+    np.testing.assert_allclose(found.xy, centred, atol=1e-12)
     np.testing.assert_allclose(found.spread, x.std(axis=0))
+    np.testing.assert_allclose(found.yy, y.var(axis=0))
+
+
+def test_a_weight_counts_rows_as_often(rng: np.random.Generator) -> None:
+    x, y = rng.normal(5, 1, (20, 3)), rng.normal(-5, 1, (20, 2))
+    times = rng.integers(0, 4, 20)
+    weighted, repeated = MomentAccumulator(), MomentAccumulator()
+    weighted.update(x, y, times.astype(float))
+    repeated.update(np.repeat(x, times, axis=0), np.repeat(y, times, axis=0))
+    first, second = weighted.result(), repeated.result()
+    for name in ("count", "mean_x", "mean_y", "xx", "xy", "yy"):
+        np.testing.assert_allclose(getattr(first, name), getattr(second, name), atol=1e-12)
+
+
+def test_moments_through_a_weight(rng: np.random.Generator) -> None:
+    x, weight = rng.normal(2, 1, (30, 4)), rng.normal(size=(4, 3))
+    alone, both = MomentAccumulator(), MomentAccumulator()
+    alone.update(x)
+    both.update(x, x @ weight)
+    found, expected = alone.result().through(weight), both.result()
+    for name in ("mean_y", "xx", "xy", "yy"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-12)
 
 
 def test_a_large_mean_costs_no_digits(rng: np.random.Generator) -> None:

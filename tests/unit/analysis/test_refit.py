@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_decompose.analysis.gram import MomentAccumulator
-from onnx_decompose.analysis.refit import Observed, degrees_of_freedom, refit_weight
+from onnx_decompose.analysis.refit import degrees_of_freedom, refit_weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -16,16 +16,10 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 
-def moments(x: Array, z: Array) -> Moments:
+def moments(x: Array, y: Array) -> Moments:
     adding = MomentAccumulator()
-    adding.update(x, z)
+    adding.update(x, y)
     return adding.result()
-
-
-def observed(
-    fit: tuple[Array, Array], held_out: tuple[Array, Array], weight: Array
-) -> Observed:
-    return Observed(moments(*fit), moments(*held_out), (held_out[1] @ weight).var(axis=0))
 
 
 def two_views(rng: np.random.Generator, rows: int) -> Array:
@@ -47,7 +41,9 @@ class TestRidge:
         self, rng: np.random.Generator, weight: Array
     ) -> None:
         fit, held = two_views(rng, 200), two_views(rng, 50)
-        found = refit_weight(weight, weight, MASK, observed((fit, fit), (held, held), weight))
+        found = refit_weight(
+            weight, MASK, moments(fit, fit @ weight), moments(held, held @ weight)
+        )
         assert (found.weight[~MASK] == 0).all()
         new = two_views(rng, 100)
         np.testing.assert_allclose(
@@ -59,7 +55,9 @@ class TestRidge:
         self, rng: np.random.Generator, weight: Array
     ) -> None:
         fit, held = two_views(rng, 200), two_views(rng, 50)
-        found = refit_weight(weight, weight, MASK, observed((fit, fit), (held, held), weight))
+        found = refit_weight(
+            weight, MASK, moments(fit, fit @ weight), moments(held, held @ weight)
+        )
         assert found.added[3] == pytest.approx((fit @ weight[:, 3]).mean())
         assert np.isnan(found.error[3])
 
@@ -70,9 +68,9 @@ class TestRidge:
         z, held = rng.normal(size=(300, 6)), rng.normal(size=(80, 6))
         found = refit_weight(
             weight,
-            weight,
             np.ones_like(weight, dtype=bool),
-            observed((z @ mixing, z), (held @ mixing, held), weight),
+            moments(z @ mixing, z @ weight),
+            moments(held @ mixing, held @ weight),
         )
         np.testing.assert_allclose(found.weight, np.linalg.solve(mixing, weight), atol=1e-5)
 
@@ -84,20 +82,21 @@ class TestRidge:
         fit[:, 4:] = held[:, 4:] = 2.0
         mask = np.ones_like(weight, dtype=bool)
         mask[0] = False
-        found = refit_weight(weight, weight, mask, observed((fit, fit), (held, held), weight))
+        found = refit_weight(
+            weight, mask, moments(fit, fit @ weight), moments(held, held @ weight)
+        )
         np.testing.assert_allclose(found.weight[4:], weight[4:], atol=1e-9)
 
     def test_held_out_rows_choose_the_strength(self, rng: np.random.Generator) -> None:
         """As many inputs as rows, and outputs of noise: least squares would fit the noise."""
-        weight = np.eye(40)
-        start = np.zeros_like(weight)
+        start = np.zeros((40, 40))
         x, held = rng.normal(size=(45, 40)), rng.normal(size=(4000, 40))
         noise, noise_held = rng.normal(size=(45, 40)), rng.normal(size=(4000, 40))
         found = refit_weight(
-            weight,
             start,
-            np.ones_like(weight, dtype=bool),
-            observed((x, noise), (held, noise_held), weight),
+            np.ones_like(start, dtype=bool),
+            moments(x, noise),
+            moments(held, noise_held),
         )
         assert found.ridges[0] >= 1
         assert found.relative_error <= 1.01
@@ -107,8 +106,9 @@ class TestRidge:
         self, rng: np.random.Generator, weight: Array, compensation: Any
     ) -> None:
         fit, held = two_views(rng, 200), two_views(rng, 50)
-        seen = observed((fit, fit), (held, held), weight)
-        found = refit_weight(weight, weight, MASK, seen, compensation)
+        found = refit_weight(
+            weight, MASK, moments(fit, fit @ weight), moments(held, held @ weight), compensation
+        )
         np.testing.assert_array_equal(found.weight, np.where(MASK, weight, 0))
         lost = fit.mean(axis=0) @ np.where(MASK, 0, weight)
         np.testing.assert_allclose(

@@ -1,0 +1,199 @@
+"""Support by data: which inputs are active together, and which units serve which group of inputs.
+
+A unit is *active* in a row where it differs from its most frequent value, its *rest* (0 for a feature that is not
+there). Two inputs are joined where they are active together more often than chance allows: under independence the
+number of joint rows is hypergeometric, and the upper tail is tested for all pairs with Holm's bound on the smallest
+p-value (Bonferroni), so that any false edge at all has probability alpha at most: one is enough to join two groups.
+Independence of weak noise is what the test sees through; a dependence that is real but slight is told by its size, the
+phi coefficient, which a level bounds from below.
+
+Groups are the components of that graph. Units between inputs and outputs then belong where they are needed: what varies
+when a group is active, and reaches the outputs that vary with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse, stats
+from scipy.sparse import csgraph
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    BoolArray = NDArray[np.bool_]
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.intp]
+
+__all__ = [
+    "APART",
+    "ActivityAccumulator",
+    "Activity",
+    "SpreadAccumulator",
+    "assign",
+    "coactive_groups",
+    "influence",
+    "resting_values",
+]
+
+APART = -1
+"""Label of a unit that is in no group."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Activity:
+    """How often inputs are active, alone and together.
+
+    Attributes:
+        rows: how many rows were seen.
+        together: (K, K) rows in which both are active; the diagonal counts each alone.
+    """
+
+    rows: int
+    together: FloatArray
+
+    @property
+    def alone(self) -> FloatArray:
+        """(K,) rows in which each is active."""
+        alone: FloatArray = self.together.diagonal()
+        return alone
+
+    def association(self) -> tuple[FloatArray, FloatArray]:
+        """P-value of the upper tail and phi coefficient of every pair, (K, K) each."""
+        first, second = self.alone[:, None], self.alone[None, :]
+        pvalue = stats.hypergeom.sf(self.together - 1, self.rows, first, second)
+        expected = first * second / self.rows
+        scale = np.sqrt(first * second * (1 - first / self.rows) * (1 - second / self.rows))
+        phi = np.divide(
+            self.together - expected, scale, out=np.zeros_like(scale), where=scale > 0
+        )
+        return np.asarray(pvalue), np.asarray(phi)
+
+
+class ActivityAccumulator:
+    """Counts activity batch by batch; memory is K^2 numbers."""
+
+    def __init__(self, rest: NDArray[Any]) -> None:
+        self._rest = rest
+        self._rows = 0
+        self._together = np.zeros((rest.size, rest.size))
+
+    def update(self, x: NDArray[Any]) -> None:
+        """Add the rows of ``x``, (..., K)."""
+        active = self.active(x)
+        self._rows += active.shape[0]
+        self._together += active.T @ active
+
+    def active(self, x: NDArray[Any]) -> FloatArray:
+        """(rows, K) 1 where a unit is active, 0 where it rests."""
+        active: FloatArray = (x.reshape(-1, self._rest.size) != self._rest).astype(np.float64)
+        return active
+
+    def result(self) -> Activity:
+        """What was counted so far."""
+        return Activity(self._rows, self._together)
+
+
+def resting_values(x: NDArray[Any]) -> NDArray[Any]:
+    """The most frequent value of every unit of ``x``, (rows, K): the smallest of several that are as frequent."""
+    ordered = np.sort(x, axis=0)
+    rest = np.empty(x.shape[1], x.dtype)
+    for unit in range(x.shape[1]):
+        values, counts = np.unique(ordered[:, unit], return_counts=True)
+        rest[unit] = values[counts.argmax()]
+    return rest
+
+
+def coactive_groups(
+    activity: Activity, *, alpha: float = 0.01, level: float = 0.0
+) -> tuple[IntArray, int]:
+    """The groups of inputs that are active together.
+
+    Args:
+        activity: what was counted.
+        alpha: probability of any false edge.
+        level: smallest phi coefficient of an edge.
+
+    Returns:
+        (K,) group of each input, numbered by their first inputs, and the number of groups. Inputs without an edge join
+        the group that they are most often active with; those that never are, and those that are never active, are
+        ``APART``.
+    """
+    pvalue, phi = activity.association()
+    count = activity.alone.size
+    edges = (pvalue <= alpha / max(count * (count - 1) / 2, 1)) & (phi >= level)
+    np.fill_diagonal(edges, val=False)
+    _, found = csgraph.connected_components(sparse.csr_array(edges), directed=False)
+    sizes = np.bincount(found)
+    labels = np.full(count, APART, dtype=np.intp)
+    groups = [k for k in dict.fromkeys(found.tolist()) if sizes[k] > 1]
+    for number, group in enumerate(groups):
+        labels[found == group] = number
+    if not groups:
+        return labels, 0
+    member = labels[:, None] == np.arange(len(groups))
+    # Mean over the group's inputs, so that the largest group does not win by its size.
+    nearness = activity.together @ (member / np.maximum(activity.alone[:, None], 1))
+    nearness /= member.sum(axis=0)
+    loose = (labels == APART) & (nearness.max(axis=1) > 0)
+    labels[loose] = nearness[loose].argmax(axis=1)
+    return labels, len(groups)
+
+
+class SpreadAccumulator:
+    """Variance of units within each group: over the rows in which the group is active, weighted by how much it is."""
+
+    def __init__(self, units: int, groups: int) -> None:
+        self._weight = np.zeros(groups)
+        self._sum = np.zeros((units, groups))
+        self._squares = np.zeros((units, groups))
+
+    def update(self, values: NDArray[Any], share: FloatArray) -> None:
+        """Add rows of ``values``, (..., units), with the ``share`` of each group in them, (rows, groups)."""
+        rows = values.reshape(-1, self._sum.shape[0]).astype(np.float64)
+        self._weight += share.sum(axis=0)
+        self._sum += rows.T @ share
+        self._squares += (rows**2).T @ share
+
+    def result(self) -> FloatArray:
+        """(units, groups) variance; 0 of a group that never was active."""
+        weight = np.maximum(self._weight, 1e-300)
+        mean = self._sum / weight
+        variance: FloatArray = np.maximum(self._squares / weight - mean**2, 0.0)
+        # What two large numbers leave of each other is rounding.
+        variance[variance < 1e-12 * mean**2] = 0.0
+        return variance
+
+
+def influence(weight: NDArray[Any], target: FloatArray) -> FloatArray:
+    """What the inputs of a site do to each group of outputs: (K, G) from its weight, (K, N), and ``target``, (N, G)."""
+    reached: FloatArray = weight.astype(np.float64) ** 2 @ target
+    return reached
+
+
+def assign(scores: FloatArray, capacities: IntArray) -> IntArray:
+    """Units to groups, the clearest case first.
+
+    Args:
+        scores: (units, groups) how much each unit serves each group, 0 or more.
+        capacities: (groups,) units that a group may have at most.
+
+    Returns:
+        (units,) group of each; ``APART`` for a unit that serves none, or finds no room. Scores are compared as
+        shares of their group's total: each group asks for the units that do most of its own work.
+    """
+    total = scores.sum(axis=0)
+    shares = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
+    room = capacities.copy()
+    labels = np.full(scores.shape[0], APART, dtype=np.intp)
+    order = np.argsort(-shares, axis=None, kind="stable")
+    for place in order.tolist():
+        unit, group = divmod(place, scores.shape[1])
+        if shares[unit, group] <= 0:
+            break
+        if labels[unit] == APART and room[group] > 0:
+            labels[unit] = group
+            room[group] -= 1
+    return labels
