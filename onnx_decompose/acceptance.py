@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_decompose.bench import Timing, bench_models, slowdown, timing_feeds
-from onnx_decompose.cases import open_model, working_size
+from onnx_decompose.cases import is_large, open_model, working_size
 from onnx_decompose.decompose import Attempt, rewritten_model
 from onnx_decompose.errors import AnnealingError, StructuralError
 from onnx_decompose.feeds import index_limits
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from onnx_decompose.model_io import Model
     from onnx_decompose.options import Options
     from onnx_decompose.sessions import Provider
+    from onnx_decompose.staging import Stage
     from onnx_decompose.verify import Inputs
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,16 @@ class Made:
 
 
 def make(
-    tried: Attempt, inputs: Inputs, provider: Provider, options: Options
+    tried: Attempt, inputs: Inputs, provider: Provider, options: Options, stage: Stage
 ) -> tuple[Made, str | None]:
     """The rewritten model, proved and timed; where it is slower, one that leaves dense what does not pay.
+
+    Args:
+        tried: what to carry out.
+        inputs: what to measure on.
+        provider: where to run.
+        options: budget, batch sizes, seed.
+        stage: where the model lies meanwhile.
 
     Returns:
         The model, and None; or the last one tried, and what is against it.
@@ -80,11 +88,11 @@ def make(
     Raises:
         ClaimError: a claim does not hold.
     """
-    made = _proved(tried, inputs, provider, options)
+    made = _proved(tried, inputs, provider, options, stage)
     harm = None if options.force else slowdown(made.timing)
-    return (
-        (made, None) if harm is None else _without_harm(made, harm, inputs, provider, options)
-    )
+    if harm is None:
+        return made, None
+    return _without_harm(made, harm, inputs, provider, options, stage)
 
 
 def time_models(
@@ -93,7 +101,8 @@ def time_models(
     """Both models side by side, at every asked batch size."""
     logger.info("timing the rewritten model against the original")
     rng = np.random.default_rng(options.seed)
-    reference = open_model(original, provider, fast=True)
+    mapped = is_large(original)
+    reference = open_model(original, provider, fast=True, mapped=mapped)
     feeds = timing_feeds(
         graph_inputs(original.proto),
         options.batch,
@@ -102,16 +111,19 @@ def time_models(
         limits=index_limits(original.proto),
         samples=inputs.samples,
     )
-    return bench_models(
+    timing = bench_models(
         reference,
-        open_model(rewritten, provider, fast=True),
+        open_model(rewritten, provider, fast=True, mapped=mapped),
         feeds_by_batch=feeds,
         provider=provider,
         rng=rng,
     )
+    return dataclasses.replace(timing, mapped=mapped)
 
 
-def _proved(tried: Attempt, inputs: Inputs, provider: Provider, options: Options) -> Made:
+def _proved(
+    tried: Attempt, inputs: Inputs, provider: Provider, options: Options, stage: Stage
+) -> Made:
     """The rewritten model, proved and timed."""
     original = tried.study.source
     logger.info(
@@ -119,7 +131,7 @@ def _proved(tried: Attempt, inputs: Inputs, provider: Provider, options: Options
         len(tried.rewrites),
         len(tried.recurrent.rewrites),
     )
-    model = _rewrite(tried, options)
+    model = stage.put(_rewrite(tried, options), original)
     return Made(
         tried,
         model,
@@ -130,7 +142,12 @@ def _proved(tried: Attempt, inputs: Inputs, provider: Provider, options: Options
 
 
 def _without_harm(
-    made: Made, harm: str, inputs: Inputs, provider: Provider, options: Options
+    made: Made,
+    harm: str,
+    inputs: Inputs,
+    provider: Provider,
+    options: Options,
+    stage: Stage,
 ) -> tuple[Made, str | None]:
     """A model that leaves dense what does not pay: recurrent operators first, then regions.
 
@@ -152,7 +169,7 @@ def _without_harm(
         if not smaller.takes_apart:
             return dataclasses.replace(made, tried=smaller), harm
         try:
-            made = _proved(smaller, inputs, provider, options)
+            made = _proved(smaller, inputs, provider, options, stage)
         except AnnealingError as error:  # fewer removals are not always a smaller error
             logger.info("%s", error)
             break

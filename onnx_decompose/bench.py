@@ -110,10 +110,12 @@ class Timing:
     Attributes:
         provider: where both ran.
         batches: one entry per batch size, in the order asked.
+        mapped: the weights of both stayed in their files, for want of memory.
     """
 
     provider: Provider
     batches: tuple[BatchTiming, ...]
+    mapped: bool = False
 
     @property
     def original_ms(self) -> float:
@@ -137,6 +139,7 @@ class Timing:
             "rewritten_ms": self.rewritten_ms,
             "speedup": self.speedup,
             "provider": self.provider.value,
+            "mapped": self.mapped,
             "batches": [dataclasses.asdict(entry) for entry in self.batches],
         }
 
@@ -153,7 +156,7 @@ def bench_models(
     """Time a rewritten model against its original.
 
     Args:
-        original: bytes, a path, or an open session.
+        original: bytes, a path, or an open session; sessions are closed when their models are loaded again.
         rewritten: the same.
         feeds_by_batch: the inputs to run at each batch size (see :func:`timing_feeds`).
         provider: where to run those that are not sessions yet.
@@ -314,9 +317,13 @@ def _enough(
 
 
 def _reopened(sessions: Sequence[Session], rng: np.random.Generator) -> list[Session]:
-    """All models loaded again, in a random order: the first may get the better memory."""
+    """All models loaded again, in a random order: the first may get the better memory.
+
+    The sessions are closed, so that no model is in memory twice.
+    """
     fresh = list(sessions)
     for index in rng.permutation(len(sessions)):
+        sessions[index].close()
         fresh[index] = sessions[index].reopen()
     return fresh
 

@@ -11,6 +11,7 @@ from onnx_decompose.external_data import (
     ALIGNMENT,
     external_tensors,
     inline_bytes,
+    outside_bytes,
     set_entry,
     without_weights,
 )
@@ -52,6 +53,9 @@ __all__ = [
 ]
 
 SAMPLES_AT_A_TIME = 256
+_LARGE = 2**29
+"""Bytes of external data above which a model is timed with its weights mapped: loaded, two models need twice that."""
+
 _MOST_SERIALIZED = 2**31 - 2**26
 """Bytes of weights; protobuf's own limit is 2 GB for all of a model."""
 
@@ -79,16 +83,25 @@ class Case:
     typical: bool = True
 
 
-def open_model(model: Model, provider: Provider, *, fast: bool = False) -> Session:
+def is_large(model: Model) -> bool:
+    """Whether the weights of a model should stay in their files, mapped, even while it is timed."""
+    return outside_bytes(model.proto) > _LARGE
+
+
+def open_model(
+    model: Model, provider: Provider, *, fast: bool = False, mapped: bool | None = None
+) -> Session:
     """A session on a model whose external data, if any, lies beside its file.
 
     Unless it is to be ``fast``, as for timing, the weights of a model with external data stay in their file, mapped,
-    and activations are not rounded to fewer bits than the model has.
+    and activations are not rounded to fewer bits than the model has. ``mapped`` says so of the weights alone.
 
     A model that is too large to be serialized (rewritten weights of one with external data) is handed over without
     its weights, and these by reference.
     """
     proto, weights = model.proto, None
+    if mapped is None:
+        mapped = not fast and next(external_tensors(proto), None) is not None
     if inline_bytes(proto) > _MOST_SERIALIZED:
         proto, emptied = without_weights(model.proto)
         weights = {tensor.name: read_tensor(model, source) for tensor, source in emptied}
@@ -97,9 +110,7 @@ def open_model(model: Model, provider: Provider, *, fast: bool = False) -> Sessi
     return open_session(
         proto.SerializeToString(),
         provider,
-        SessionSettings(
-            prepack=fast or next(external_tensors(proto), None) is None, rounds=fast
-        ),
+        SessionSettings(prepack=not mapped, rounds=fast),
         label=model.label,
         data_folder=model.folder,
         weights=weights,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -16,6 +17,7 @@ __all__ = [
     "extent",
     "external_tensors",
     "inline_bytes",
+    "outside_bytes",
     "set_entry",
     "without_weights",
 ]
@@ -69,6 +71,14 @@ def inline_bytes(proto: onnx.ModelProto) -> int:
     """Bytes of the initializers that are stored in the model itself."""
     return sum(
         tensor.ByteSize() for tensor in proto.graph.initializer if tensor.HasField("raw_data")
+    )
+
+
+def outside_bytes(proto: onnx.ModelProto) -> int:
+    """Bytes of the tensors that are stored outside the model."""
+    return sum(
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in external_tensors(proto)
     )
 
 

@@ -62,10 +62,12 @@ class Model:
     Attributes:
         proto: the model; external tensors are not loaded into it.
         path: the file it came from; None for a model made in memory.
+        shown: what messages call it; its path by default.
     """
 
     proto: onnx.ModelProto
     path: Path | None = None
+    shown: str = ""
 
     @property
     def folder(self) -> Path | None:
@@ -75,7 +77,7 @@ class Model:
     @property
     def label(self) -> str:
         """How messages call the model."""
-        return "model" if self.path is None else str(self.path)
+        return self.shown or ("model" if self.path is None else str(self.path))
 
 
 def load_model(source: str | Path | onnx.ModelProto) -> Model:
@@ -146,7 +148,9 @@ def model_files(model: Model) -> set[Path]:
     return external_files(model) | ({model.path} if model.path is not None else set())
 
 
-def save_model(proto: onnx.ModelProto, path: Path, *, data_from: Model) -> None:
+def save_model(
+    proto: onnx.ModelProto, path: Path, *, data_from: Model, kept: Iterable[Path] = ()
+) -> None:
     """Write ``proto``, and the external data that it still refers to, beside it: whole or not at all.
 
     Data files of which every tensor is still in use are copied under their names, and used in place where ``path`` is
@@ -157,6 +161,7 @@ def save_model(proto: onnx.ModelProto, path: Path, *, data_from: Model) -> None:
         proto: the model to write.
         path: where to.
         data_from: the model whose external files ``proto`` refers to.
+        kept: files that no data file may take the place of, besides those of ``data_from``.
     """
     written = proto
     if next(external_tensors(data_from.proto), None) is not None:
@@ -174,7 +179,7 @@ def save_model(proto: onnx.ModelProto, path: Path, *, data_from: Model) -> None:
             t for t in external_tensors(written) if ExternalDataInfo(t).location not in taken
         ]
         if new or moved:
-            _write_data(new, moved, path, data_from)
+            _write_data(new, moved, path, data_from, kept)
     with writing(path) as temporary:
         temporary.write_bytes(written.SerializeToString())
 
@@ -206,10 +211,11 @@ def _write_data(
     moved: Sequence[onnx.TensorProto],
     path: Path,
     data_from: Model,
+    kept: Iterable[Path],
 ) -> None:
     """Stream tensors into a data file of the new model's own."""
     target = path.with_name(f"{path.name}.data")
-    used = {file.resolve() for file in external_files(data_from)}
+    used = {file.resolve() for file in (*external_files(data_from), *kept)}
     number = 1
     while target.resolve() in used:
         target = path.with_name(f"{path.name}.{number}.data")

@@ -33,6 +33,7 @@ from onnx_decompose.region_bench import RegionBench
 from onnx_decompose.samples import load_inputs
 from onnx_decompose.schedule import anneal_within_budget, attempt_with, measure_annealed
 from onnx_decompose.sessions import Provider, resolve_provider
+from onnx_decompose.staging import staging
 from onnx_decompose.study import study_model
 from onnx_decompose.summarize import Measured, alternatives, report_on
 from onnx_decompose.tensors import graph_inputs
@@ -63,7 +64,8 @@ class Rewrite:
     """What ``rewrite`` made.
 
     Attributes:
-        model: the rewritten model, or the given one where it is not decomposable.
+        model: the rewritten model, or the given one where it is not decomposable; with the external data of the
+            output where one was written.
         annealed: the dense annealed model that claim A compares with.
         report: everything found, decided, claimed and measured.
     """
@@ -134,14 +136,16 @@ def _rewrite(model: Model, output: Path | None, options: Options) -> Rewrite:
         tried = _autotune(tried, inputs, provider, options)
     if refusal is not None or not tried.takes_apart:
         return _unchanged(tried, output, options, Measured(), refusal)
-    made, harm = make(tried, inputs, provider, options)
-    if harm is not None:
-        refusal = f"the rewritten model is {harm}; the original was kept"
-        return _unchanged(made.tried, output, options, made.measured, refusal)
-    if output is not None:
-        save_model(made.model.proto, output, data_from=study.source)
+    with staging(study.source, output) as stage:
+        made, harm = make(tried, inputs, provider, options, stage)
+        if harm is not None:
+            refusal = f"the rewritten model is {harm}; the original was kept"
+            return _unchanged(made.tried, output, options, made.measured, refusal)
+        model = made.model.proto
+        if output is not None:
+            model = stage.save(made.model, study.source)
     report = report_on(made.tried, options, made.measured)
-    return Rewrite(made.model.proto, annealed_model(made.tried).proto, report)
+    return Rewrite(model, annealed_model(made.tried).proto, report)
 
 
 def validate(  # noqa: PLR0913 (the command's options)

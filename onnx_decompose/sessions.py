@@ -205,6 +205,10 @@ class Session:
         """The same model loaded once more, into other memory."""
         return self._reopen()
 
+    def close(self) -> None:
+        """Free the model's memory: nothing can be run any more, whoever else holds the session."""
+        object.__setattr__(self, "_session", None)
+
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """All outputs for one set of inputs, by name.
 

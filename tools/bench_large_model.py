@@ -3,7 +3,8 @@
     python -m tools.bench_large_model MODEL.onnx --output FOLDER [--onnxslim PYTHON] [--only NAME,...]
 
 ``anonymous`` is the peak of memory that only swapping could free (RssAnon); ``resident`` adds the pages of mapped
-files, which the system takes back at need (VmHWM). ``decompose`` is rewrite without running either model: everything up
+files, which the system takes back at need (VmRSS). Child processes count.
+``decompose`` is rewrite without running either model: everything up
 to the written file. PYTHON is an interpreter that has onnxslim installed.
 """
 
@@ -16,6 +17,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _INTERVAL = 0.02
 
@@ -76,18 +81,26 @@ def measured(command: list[str]) -> Usage:
     )
     anonymous = resident = 0
     while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text("ascii", "replace")
-        except OSError:
-            break
-        anonymous = max(anonymous, _field(status, "RssAnon"))
-        resident = max(resident, _field(status, "VmHWM"))
+        statuses = list(_statuses(process.pid))
+        anonymous = max(anonymous, sum(_field(status, "RssAnon") for status in statuses))
+        resident = max(resident, sum(_field(status, "VmRSS") for status in statuses))
         time.sleep(_INTERVAL)
     output, _ = process.communicate()
     lines = output.strip().splitlines() or [""]
     return Usage(
         process.returncode, time.perf_counter() - start, anonymous, resident, lines[-1]
     )
+
+
+def _statuses(number: int) -> Iterator[str]:
+    """The status of a process and of all its children, as long as they are there."""
+    try:
+        yield Path(f"/proc/{number}/status").read_text("ascii", "replace")
+        children = Path(f"/proc/{number}/task/{number}/children").read_text("ascii").split()
+    except OSError:
+        return
+    for child in children:
+        yield from _statuses(int(child))
 
 
 def _field(status: str, name: str) -> int:

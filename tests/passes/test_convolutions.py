@@ -184,6 +184,23 @@ def test_equal_blocks_are_groups_of_one_convolution() -> None:
     check_parity(result, rng)
 
 
+@pytest.mark.parametrize("opset", [*range(7, 26)])
+@pytest.mark.parametrize("emit", ["grouped", "split", "triangular"])
+def test_every_operator_set(opset: int, emit: Emit) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1], 4))
+    tensors = {
+        "w": kernels(rng, labels, labels, (3, 3)),
+        **{name: rng.uniform(0.5, 1.5, 8).astype(np.float32) for name in "stmv"},
+    }
+    text = """g (float[B, 8, 5, 5] x) => (float[B, 8, 3, 3] y) {
+        a = Conv(x, w) n = BatchNormalization(a, s, t, m, v) y = Relu(n)
+    }"""
+    result = rewrite(parse(text, tensors, opsets=f'"": {opset}'), emit)
+    assert [decision for decision, _ in result.decisions] == [emit]
+    check_parity(result, rng)
+
+
 @pytest.mark.parametrize("sizes", [(2, 4, 6), (1, 1, 10)])
 def test_unequal_blocks(sizes: tuple[int, ...]) -> None:
     rng = np.random.default_rng(1)

@@ -407,6 +407,14 @@ class TestOpen:
         with pytest.raises(ModelError, match=r"^model: .*xternal data"):
             open_session(content, Provider.CPU)
 
+    def test_a_closed_session_can_be_opened_again(self) -> None:
+        session = open_session(product_model(), Provider.CPU)
+        feeds = {"x": np.ones((1, 2), np.float32), "w": np.ones((2, 3), np.float32)}
+        session.close()
+        with pytest.raises(AttributeError):
+            session.run(feeds)
+        assert session.reopen().run(feeds)["y"].tolist() == [[2.0, 2.0, 2.0]]
+
     def test_unoptimized_sessions_give_the_same(self) -> None:
         settings = SessionSettings(optimize=False, threads=1)
         session = open_session(product_model(), Provider.CPU, settings)
