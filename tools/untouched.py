@@ -25,6 +25,7 @@ _CONSTANT_PRODUCERS = {
     "Transpose",
     "Cast",
     "Reshape",
+    "Slice",
     "Squeeze",
     "Unsqueeze",
 }

@@ -9,7 +9,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.e2e.planted import Planted, Recipe, array_of, found_partition, plant, run, save
+from tests.e2e.planted import (
+    Planted,
+    Recipe,
+    array_of,
+    decomposition,
+    found_partition,
+    plant,
+    run,
+    save,
+    set_array,
+)
 from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:
@@ -56,6 +66,50 @@ def constant_node(model: onnx.ModelProto) -> None:
         helper.make_node("Constant", [], ["up.weight"], value=tensor),
     )
     model.graph.initializer.pop()
+
+
+def constant_node_of_numbers(model: onnx.ModelProto) -> None:
+    """The list of floats that a Constant node can hold has one axis."""
+    values = array_of(model, "up.weight")
+    stored_as(
+        model,
+        "up.weight",
+        np.zeros(1),
+        helper.make_node("Constant", [], ["numbers"], value_floats=values.reshape(-1).tolist()),
+        integers("shape", *values.shape),
+        helper.make_node("Reshape", ["numbers", "shape"], ["up.weight"]),
+    )
+    model.graph.initializer.pop()
+
+
+def sliced(model: onnx.ModelProto) -> None:
+    """The part of a larger table."""
+    values = array_of(model, "up.weight")
+    table = np.pad(values, ((2, 3), (1, 0)), constant_values=7.0)
+    stored_as(
+        model,
+        "up.weight",
+        table,
+        *(integers("starts", 2, 1), integers("ends", -3, 1 << 40), integers("axes", 0, -1)),
+        helper.make_node("Slice", ["stored", "starts", "ends", "axes"], ["up.weight"]),
+    )
+
+
+def through_everything(model: onnx.ModelProto) -> None:
+    values = array_of(model, "up.weight").astype(np.float64)
+    stored_as(
+        model,
+        "up.weight",
+        values.T.reshape(-1)[None],
+        *(integers("first", 0), integers("shape", values.shape[1], -1), integers("last", 2)),
+        helper.make_node("Cast", ["stored"], ["a"], to=TensorProto.FLOAT),
+        helper.make_node("Squeeze", ["a", "first"], ["b"]),
+        helper.make_node("Reshape", ["b", "shape"], ["c"]),
+        helper.make_node("Identity", ["c"], ["d"]),
+        helper.make_node("Unsqueeze", ["d", "last"], ["e"]),
+        helper.make_node("Transpose", ["e"], ["f"], perm=[1, 0, 2]),
+        helper.make_node("Squeeze", ["f", "last"], ["up.weight"]),
+    )
 
 
 def transposed_twice(model: onnx.ModelProto) -> None:
@@ -159,7 +213,7 @@ def array_like(sparse: onnx.SparseTensorProto) -> np.ndarray[Any, Any]:
 FORMS: list[Callable[[onnx.ModelProto], None]] = [
     *(constant_node, transposed_twice, cast_from_half, cast_from_double, reshaped_from_flat),
     *(reshaped_from_heads, squeezed, unsqueezed_and_back, sparse_initializer),
-    sparse_constant_node,
+    *(sparse_constant_node, constant_node_of_numbers, sliced, through_everything),
 ]
 
 
@@ -204,6 +258,81 @@ def test_a_weight_that_two_products_share(command: Command, tmp_path: Path) -> N
     # Equal blocks are stored once.
     assert sum(".block" in t.name for t in rewritten.graph.initializer) == 8
     assert command("validate", source, output, "--samples", "1").code == 0
+
+
+def test_an_unrolled_decoder(command: Command, tmp_path: Path) -> None:
+    """One weight in two dozen nodes: every step is taken apart, and the blocks are stored once."""
+    planted = plant(Recipe(blocks=((6, 6, 6),) * 8), np.random.default_rng(0))
+    model, graph = planted.model, planted.model.graph
+    weight = array_of(model, "up.weight")
+    weight = weight[:, np.argsort(planted.labels[1], kind="stable")]
+    set_array(
+        model, "up.weight", weight[:, np.argsort(np.argsort(planted.labels[0], kind="stable"))]
+    )
+    step = list(graph.node)[:3]
+    del graph.node[:]
+    steps, value = 24, "x"
+    for number in range(steps):
+        for node in step:
+            copy = graph.node.add()
+            copy.CopyFrom(node)
+            copy.name = f"{node.name}.{number}"
+            copy.input[0] = value
+            value = copy.output[0] = f"{node.output[0]}.{number}"
+    graph.node[-1].output[0] = "y"
+    graph.initializer.remove(next(t for t in graph.initializer if t.name == "down.weight"))
+    graph.initializer.remove(next(t for t in graph.initializer if t.name == "down.bias"))
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    assert command("rewrite", source, "-o", output, *SPLIT).last_line.startswith("rewritten: ")
+    rewritten = onnx.load(output)
+    for number in range(steps):
+        assert len(found_partition(rewritten, f"up.{number}")) == 8
+    assert sum(".block" in tensor.name for tensor in rewritten.graph.initializer) == 8
+    assert "up.weight" not in {tensor.name for tensor in rewritten.graph.initializer}
+    assert command("validate", source, output, "--samples", "1").code == 0
+
+
+def test_a_weight_of_which_one_product_stays_dense(command: Command, tmp_path: Path) -> None:
+    """Two products share a weight, and one is inside a call that stays closed: the weight stays for it."""
+    planted = plant(Recipe(blocks=((6, 6, 6),) * 8, shuffle=False), np.random.default_rng(0))
+    model = planted.model
+    for node in model.graph.node:
+        if node.name == "down":
+            node.input[1] = "up.weight"
+            node.op_type, node.domain = "MatMul", "foreign"
+    model.opset_import.append(helper.make_opsetid("foreign", 1))
+    function = helper.make_function(
+        *("foreign", "MatMul", ["a", "b"], ["c"]),
+        [helper.make_node("MatMul", ["a", "b"], ["c"], "inner")],
+        [helper.make_opsetid("", 17), helper.make_opsetid("foreign", 2)],
+    )
+    model.functions.append(function)
+    before = array_of(model, "up.weight")
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = tmp_path / "report.json"
+    result = command("rewrite", source, "-o", output, "--report", report, *SPLIT)
+    assert result.last_line.startswith("rewritten: "), result
+    rewritten = onnx.load(output)
+    assert found_partition(rewritten, "up") == planted.partition("up")
+    np.testing.assert_array_equal(array_of(rewritten, "up.weight"), before)
+    assert "does not fit into the main graph" in report.read_text("utf-8")
+
+
+def test_a_weight_that_is_also_an_input_is_no_constant(
+    command: Command, eight: Planted, tmp_path: Path
+) -> None:
+    shape = array_of(eight.model, "up.weight").shape
+    eight.model.graph.input.append(
+        helper.make_tensor_value_info("up.weight", TensorProto.FLOAT, shape)
+    )
+    source, output = save(eight.model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = tmp_path / "report.json"
+    assert command("rewrite", source, "-o", output, "--report", report, *SPLIT).code == 0
+    assert "so it can be overridden at run time" in report.read_text("utf-8")
+    rewritten = onnx.load(output)
+    assert set(decomposition(rewritten)["sites"]) == {"down"}
+    assert "up.weight" in {tensor.name for tensor in rewritten.graph.initializer}
+    assert untouched_faults(source, output) == []
 
 
 @pytest.mark.parametrize("transposed", [True, False])
