@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from onnx_decompose.external_data import external_tensors
 from onnx_decompose.flat import CLOSED_DOMAIN, Flat, marker
 from onnx_decompose.model_io import Model
+from onnx_decompose.regions import reads
 from onnx_decompose.renames import (
     all_nodes,
     defined_names,
@@ -78,10 +81,23 @@ class _Closer:
         for number, opened in enumerate(flat.opened):
             if opened.body is not None:
                 self._bodies.setdefault(tuple(opened.owner.output), []).append(now[number])
+        self._moved: set[str] = set()
         self._taken = set(defined_names(changed.graph))
-        for node in all_nodes(flat.source.proto.graph.node):
+        source = flat.source.proto
+        for node in all_nodes(source.graph.node):
             for _, graph in subgraphs(node):
                 self._taken.update(defined_names(graph))
+        flat_names = set(defined_names(flat.model.proto.graph))
+        # A body's new tensors are not written to a data file.
+        stays = next(external_tensors(source), None) is not None
+        self._new = {
+            tensor.name: tensor
+            for tensor in changed.graph.initializer
+            if tensor.name not in flat_names and not stays
+        }
+        self._readers = collections.Counter(
+            name for node in changed.graph.node for name in set(reads(node))
+        )
         self._left = {
             field: {_name(item) for item in getattr(changed.graph, field)} for field in _NAMED
         }
@@ -96,7 +112,7 @@ class _Closer:
         for field in _NAMED:
             inner = {_name(item) for item in getattr(self._flat.model.proto.graph, field)}
             inner -= {_name(item) for item in getattr(source.graph, field)}
-            _drop_named(getattr(graph, field), inner)
+            _drop_named(getattr(graph, field), inner | self._moved)
         for field in ("input", "output", "metadata_props"):
             del getattr(graph, field)[:]
             getattr(graph, field).extend(getattr(source.graph, field))
@@ -141,6 +157,11 @@ class _Closer:
             for name in filter(None, node.output):
                 if name not in names:
                     names[name] = self._short(name, f"{opened.label}//")
+        for tensor in self._own_tensors(body, f"{opened.label}//"):
+            names[tensor.name] = self._short(tensor.name, f"{opened.label}//")
+            own = graph.initializer.add()
+            own.CopyFrom(tensor)
+            own.name = names[tensor.name]
         del graph.node[:]
         for node in nodes:
             copy = renamed(node, lambda name: names.get(name, name))
@@ -152,6 +173,22 @@ class _Closer:
         for field in _NAMED:
             gone = opened.values.keys() - self._left[field]
             _drop_named(getattr(graph, field), {opened.values[flat] for flat in gone})
+
+    def _own_tensors(self, body: _Segment, label: str) -> list[onnx.TensorProto]:
+        """The new tensors that are named after values of a body and that nothing outside it reads.
+
+        Some of onnxruntime's fusions look for a weight in the graph of its node alone.
+        """
+        inside = collections.Counter(name for node in body.nodes() for name in set(reads(node)))
+        found = [
+            tensor
+            for name, tensor in self._new.items()
+            if name.startswith(label)
+            and name.removeprefix(label) not in self._taken
+            and inside[name] == self._readers[name]
+        ]
+        self._moved.update(tensor.name for tensor in found)
+        return found
 
     def _short(self, name: str, label: str) -> str:
         """The name of a new value of a body: without the body's label, unless another value has that name."""

@@ -7,9 +7,9 @@ markers.
                     they are, and every other outer value as an input of its own, so that no region leaves it
     function call   the function's nodes on the call's own values, and nothing in the call's place
 
-``closing`` puts bodies back into their nodes, and calls where nothing inside was rewritten. New tensors stay in the
-main graph, where bodies can read them. Flat names are the same for every version of a model: for values
-``owner.attribute//value`` and ``call//value``, for nodes ``owner.attribute/name`` and ``call/name``.
+``closing`` puts bodies back into their nodes, and calls where nothing inside was rewritten. Flat names are the same for
+every version of a model: for values ``owner.attribute//value`` and ``call//value``, for nodes ``owner.attribute/name``
+and ``call/name``.
 """
 
 from __future__ import annotations

@@ -272,6 +272,36 @@ def test_every_place_of_a_site(
     assert names >= set(FORMS[form])
 
 
+def test_new_tensors_go_where_the_weight_was(
+    command: Command, square: Planted, tmp_path: Path
+) -> None:
+    """A body's own weight is in blocks of its own, an outer one in blocks of the main graph."""
+    for form, inside in ((branch_with_its_own_weights, True), (branch, False)):
+        source, output = save(form(square.model), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+        assert command("rewrite", source, "-o", output, *SPLIT).code == 0
+        graph = onnx.load(output).graph
+        body = next(a.g for a in graph.node[0].attribute if a.name == "then_branch")
+        blocks = [
+            [tensor.name for tensor in one.initializer if ".block" in tensor.name]
+            for one in (body, graph)
+        ]
+        assert [len(names) for names in blocks] == ([16, 0] if inside else [0, 16])
+        assert "up.weight.block0" in blocks[not inside]
+        assert not any("//" in tensor.name for tensor in body.initializer)
+
+
+def test_new_tensors_of_a_model_with_external_data_are_external_too(
+    command: Command, square: Planted, tmp_path: Path
+) -> None:
+    source = save(
+        branch_with_its_own_weights(square.model), tmp_path / "in.onnx", external=True
+    )
+    output = tmp_path / "out.onnx"
+    result = command("rewrite", source, "-o", output, *SPLIT)
+    assert result.last_line.startswith("rewritten: "), result
+    assert command("validate", source, output, "--samples", "1").code == 0
+
+
 def test_a_call_without_structure_stays_a_call(
     command: Command, square: Planted, tmp_path: Path
 ) -> None:
