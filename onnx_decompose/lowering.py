@@ -22,6 +22,7 @@ from onnx import helper, numpy_helper
 
 from onnx_decompose.constants import Constants
 from onnx_decompose.einsum import Contraction, parse_contraction
+from onnx_decompose.refusals import equation_of
 from onnx_decompose.shapes import infer_shapes, opset_of
 from onnx_decompose.sites import attribute_values, is_standard
 from onnx_decompose.tensors import FLOAT_TYPES
@@ -286,7 +287,7 @@ def _unsqueeze(group: _Group, name: str) -> None:
 
 
 def _einsum(group: _Group) -> bool:
-    equation = group.attributes.get("equation", b"").decode()
+    equation = equation_of(group.node)
     if len(group.node.input) != 2:
         return False
     first, second = group.node.input

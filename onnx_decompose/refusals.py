@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from onnx_decompose.quantized import INTEGER_PRODUCTS, weight_position
 from onnx_decompose.renames import all_nodes, function_key
-from onnx_decompose.sites import SITES, Refusal, attribute_values, is_standard, node_names
+from onnx_decompose.sites import SITES, Refusal, is_standard, node_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnx_decompose.constants import Constants
     from onnx_decompose.model_io import Model
 
-__all__ = ["find_refusals", "holds_weights"]
+__all__ = ["equation_of", "find_refusals", "holds_weights"]
 
 _PRODUCTS = SITES | INTEGER_PRODUCTS
 _RECURRENT = {"GRU", "LSTM", "RNN"}
@@ -70,6 +70,12 @@ def holds_weights(node: onnx.NodeProto) -> bool:
     if is_standard(node):
         return node.op_type in _PRODUCTS | _RECURRENT | _QUANTIZED | {"ConvTranspose", "Einsum"}
     return node.domain == "com.microsoft" and node.op_type in _QUANTIZED | _FUSED
+
+
+def equation_of(node: onnx.NodeProto) -> str:
+    """The equation of an Einsum; empty where it has none."""
+    found = next((a.s for a in node.attribute if a.name == "equation"), b"")
+    return found.decode(errors="replace")
 
 
 def find_refusals(
@@ -124,8 +130,7 @@ def _fused_reason(node: onnx.NodeProto) -> str | None:
 def _standard_reason(node: onnx.NodeProto, known: frozenset[str]) -> str | None:
     weight = node.input[1] if len(node.input) > 1 else ""
     if node.op_type == "Einsum":
-        equation = attribute_values(node).get("equation", b"").decode()
-        return f"Einsum ({equation}) is not taken apart; export it as a MatMul"
+        return f"Einsum ({equation_of(node)}) is not taken apart; export it as a MatMul"
     if weight not in known:
         return None
     if node.op_type == "ConvTranspose":

@@ -57,7 +57,12 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     declared = skeleton(proto)
     try:
         return onnx.shape_inference.infer_shapes(declared, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+    except (
+        onnx.shape_inference.InferenceError,
+        onnx.checker.ValidationError,  # of functions that call themselves
+        RuntimeError,
+        ValueError,
+    ) as error:
         logger.info(
             "shape inference failed, going on without it: %s", str(error).splitlines()[0]
         )

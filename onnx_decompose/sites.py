@@ -155,6 +155,10 @@ def find_sites(
     for index, node in enumerate(model.proto.graph.node):
         if not is_standard(node) or node.op_type not in _PRODUCTS:
             continue
+        if not any(node.output):
+            raise ModelError(
+                f"{model.label}: a node of type {node.op_type} makes nothing; export the model again"
+            )
         if len(node.input) < 2:
             raise ModelError(
                 f"{model.label}: node '{names[index]}' ({node.op_type}) has {len(node.input)} inputs, "

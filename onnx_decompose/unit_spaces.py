@@ -191,6 +191,10 @@ class _Survey:
         handler = self._handlers.get(node.op_type)
         if handler is None or node.domain not in {"", "ai.onnx"}:
             return ()
+        if (
+            not node.input or not node.output
+        ):  # not a node of this operator, whatever it is called
+            return ()
         return handler(index, node)
 
     def shared(self, constants: Iterable[UnitConstant]) -> bool:

@@ -11,7 +11,9 @@ import onnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from onnx_decompose.cases import open_model
 from onnx_decompose.decompose import annealed_model
+from onnx_decompose.errors import ModelError
 from onnx_decompose.model_io import Model, load_model
 from onnx_decompose.options import Options
 from onnx_decompose.sessions import Provider
@@ -50,6 +52,10 @@ def test_products_in_other_forms(seed: int, emit: Emit, noise: bool) -> None:
 
 def check(proto: onnx.ModelProto, emit: Emit, *, noise: bool) -> None:
     """Rewrite a model and check the result from the two files alone."""
+    try:
+        open_model(Model(proto), Provider.CPU)
+    except ModelError:  # a fusion of onnxruntime 1.32 misses quantized weights of outer graphs
+        assume(False)
     annealing = Options(null=f"normal:{NOISE}", criterion="ksigma:3", provider="cpu")
     before = proto.SerializeToString(deterministic=True)
     outcome = rewrite_once(proto, emit, annealing if noise else EXACT)

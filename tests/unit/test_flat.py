@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_decompose.closing import restore
+from onnx_decompose.errors import ModelError
 from onnx_decompose.flat import CLOSED_DOMAIN, flatten
 from onnx_decompose.model_io import Model
 from onnx_decompose.study import study_model
@@ -185,3 +186,16 @@ def test_tensors_of_a_body_are_those_of_the_flat_graph() -> None:
     flat = flatten(parse(BRANCHES))
     (tensor,) = (t for t in flat.model.proto.graph.initializer if t.name.endswith("//v"))
     np.testing.assert_array_equal(numpy_helper.to_array(tensor), [[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Transpose"])
+def test_a_node_of_a_body_that_makes_nothing_is_bad_input_or_left_alone(op: str) -> None:
+    """The checks at the border look at the main graph alone."""
+    model = parse(BRANCHES)
+    body = model.proto.graph.node[-1].attribute[0].g
+    body.node.append(onnx.helper.make_node(op, ["h", "w"] if op == "MatMul" else [], []))
+    if op == "MatMul":
+        with pytest.raises(ModelError, match="a node of type MatMul makes nothing"):
+            study_model(model)
+    else:
+        assert len(study_model(model).sites) == 2

@@ -234,6 +234,16 @@ def test_both_operands_constant_stay() -> None:
     assert flatten(model).model is model
 
 
+def test_an_einsum_without_an_equation_stays() -> None:
+    model = model_of(
+        'y = Einsum <equation = "bi,ij->bj"> (x, w)', "float[B, 4] x", "float[B, 3] y", w=(4, 3)
+    )
+    model.proto.graph.node[0].attribute[0].CopyFrom(
+        onnx.helper.make_attribute("equation", [1, 2])
+    )
+    assert flatten(model).model is model
+
+
 def test_forms_inside_a_body_are_lowered_between_its_markers() -> None:
     branches: Any = (
         "y = If (c) <then_branch = a () => (float[4, B] z) { z = MatMul(w, x) }, "
