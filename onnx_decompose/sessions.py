@@ -472,6 +472,12 @@ def _load_error(error: Exception, label: str, provider: Provider) -> Exception:
             f"{label}: some nodes have no CUDA kernel, onnxruntime would run them on the "
             "CPU; use --provider cpu for this model"
         )
+    if "Could not find an implementation" in reason:
+        # Such as products in bfloat16 on the CPU.
+        return ModelError(
+            f"{label}: {reason}; onnxruntime has no such kernel on this provider: use another one, or convert "
+            "the model to float32"
+        )
     if provider is Provider.CUDA and "CUDA" in reason:
         return ProviderError(f"{label}: {reason}")
     return ModelError(f"{label}: {reason}")

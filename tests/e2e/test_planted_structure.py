@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from tests.e2e.planted import (
     ISOLATED,
@@ -150,9 +152,46 @@ class TestEightHiddenBlocks:
     def test_double_precision(self, command: Command, tmp_path: Path) -> None:
         rng = np.random.default_rng(5)
         planted = plant(Recipe(dtype=np.float64), rng)
-        rewritten, _ = rewrite(command, planted.model, tmp_path, *SPLIT)
+        rewritten, report = rewrite(command, planted.model, tmp_path, *SPLIT)
+        for site in SITES:
+            assert found_partition(rewritten, site) == planted.partition(site)
+        assert report["claims"]["structural"]["passed"] is True
         x = rng.normal(size=(4, 48))
         assert_outputs_agree(planted.model, rewritten, x, rtol=1e-13)
+
+    def test_bfloat16(self, command: Command, tmp_path: Path) -> None:
+        """Found; but onnxruntime has no such kernels on the CPU, so that nothing could be proved there."""
+        planted = plant(Recipe(dtype=ml_dtypes.bfloat16), np.random.default_rng(5))
+        source, output = save(planted.model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+        report = tmp_path / "report.json"
+        assert command("analyze", source, "--report", report).code == 0
+        sites = json.loads(report.read_text("utf-8"))["sites"]
+        assert [site["components"] for site in sites] == [8, 8]
+        result = command("rewrite", source, "-o", output, *SPLIT)
+        assert result.code == 2
+        assert "onnxruntime has no such kernel on this provider" in result.err
+        assert not output.exists()
+
+    def test_bfloat16_that_is_cast_before_the_product(
+        self, command: Command, tmp_path: Path
+    ) -> None:
+        """Weights stored in bfloat16 alone: products in float32 have kernels everywhere."""
+        planted = plant(Recipe(), np.random.default_rng(5))
+        model = planted.model
+        for site in SITES:
+            weight = next(t for t in model.graph.initializer if t.name == f"{site}.weight")
+            values = numpy_helper.to_array(weight).astype(ml_dtypes.bfloat16)
+            weight.CopyFrom(numpy_helper.from_array(values, f"{site}.stored"))
+            cast = onnx.helper.make_node(
+                "Cast", [f"{site}.stored"], [f"{site}.weight"], to=onnx.TensorProto.FLOAT
+            )
+            model.graph.node.insert(0, cast)
+        rewritten, report = rewrite(command, model, tmp_path, *SPLIT)
+        for site in SITES:
+            assert found_partition(rewritten, site) == planted.partition(site)
+        assert report["claims"]["structural"]["passed"] is True
+        x = np.random.default_rng(4).normal(size=(4, 48)).astype(np.float32)
+        assert_outputs_agree(model, rewritten, x)
 
     @pytest.mark.parametrize("opset", [9, 11, 13, 21])
     def test_operator_sets(self, command: Command, tmp_path: Path, opset: int) -> None:

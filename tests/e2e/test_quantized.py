@@ -24,9 +24,17 @@ from tests.e2e.planted import (
 )
 from tests.e2e.quantized_models import Coding, quantized_network
 from tests.e2e.rewriting import SPLIT, rewrite
+from tests.e2e.test_inner_graphs import (
+    SQUARE,
+    branch_with_its_own_weights,
+    function_with_its_own_weights,
+    loop,
+)
+from tools.bench_quantized import FORMS, quantized
 from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.e2e.conftest import Command
@@ -204,3 +212,66 @@ def test_a_shared_weight_of_integers(
     assert len(found_partition(rewritten, "up")) == len(found_partition(rewritten, "down")) == 8
     # Equal blocks are stored once.
     assert sum(t.name.startswith("up.weight.") for t in rewritten.graph.initializer) == 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_onnxruntimes_own_quantizers_make(
+    form: str, command: Command, eight: Planted, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = quantized(eight.model, form, tmp_path, rng)
+    rewritten, report = rewrite(command, model, tmp_path, *SPLIT)
+    assert [site["components"] for site in report["sites"]] == [8, 8]
+    assert [site["decision"] for site in report["sites"]] == ["split", "split"]
+    for site in decomposition(rewritten)["sites"].values():
+        assert site["annealing"] == "exact"
+        assert len(site["blocks"]) == 8
+    x = rng.normal(size=(40, 48)).astype(np.float32)
+    np.testing.assert_array_equal(run(rewritten, x), run(model, x))
+
+
+def test_fused_operators_that_quantizers_make_are_left_alone(
+    command: Command, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """A Gemm becomes QGemm, an operator of onnxruntime's own."""
+    planted = plant(Recipe(form="gemm"), rng)
+    model = quantized(planted.model, "qoperator", tmp_path, rng)
+    assert "QGemm" in {node.op_type for node in model.graph.node}
+    _, report = rewrite(command, model, tmp_path)
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "in.onnx").read_bytes()
+    reasons = {node["reason"] for node in report["refused"] if node["op_type"] == "QGemm"}
+    assert len(reasons) == 1
+    assert reasons.pop().startswith("the weight is quantized")
+
+
+@pytest.mark.parametrize(
+    "around", [branch_with_its_own_weights, loop, function_with_its_own_weights]
+)
+@pytest.mark.parametrize("case", ["qdq-gemm-outputs", "cast-outputs", "dynamic-outputs"])
+def test_inside_bodies_and_functions(
+    case: str,
+    around: Callable[[onnx.ModelProto], onnx.ModelProto],
+    command: Command,
+    tmp_path: Path,
+    rng: np.random.Generator,
+) -> None:
+    planted = plant(SQUARE, rng)
+    product, coding = CASES[case]
+    model = around(quantized_network(planted.model, product, coding, rng))
+    onnx.checker.check_model(model, full_check=True)
+    rewritten, report = rewrite(command, model, tmp_path, *SPLIT)
+    assert [site["decision"] for site in report["sites"]] == ["split", "split"]
+    for site, name in zip(("up", "down"), decomposition(rewritten)["sites"], strict=True):
+        assert found_partition(rewritten, name) == planted.partition(site)
+
+
+def test_external_data(
+    command: Command, eight: Planted, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = quantized_network(eight.model, forms.qdq, Coding(1), rng)
+    source, output = save(model, tmp_path / "in.onnx", external=True), tmp_path / "out.onnx"
+    assert command("rewrite", source, "-o", output, *SPLIT).last_line.startswith("rewritten: ")
+    rewritten = onnx.load(output)
+    assert found_partition(rewritten, "up") == eight.partition("up")
+    assert command("validate", source, output, "--samples", "1").code == 0
+    x = rng.normal(size=(5, 48)).astype(np.float32)
+    np.testing.assert_array_equal(run(output, x), run(source, x))
