@@ -20,6 +20,7 @@ from onnx_decompose.feeds import (
     batch_sizes,
     dim_symbols,
     index_limits,
+    poisoned_feeds,
     random_feeds,
     size_settings,
     special_feeds,
@@ -75,12 +76,16 @@ class Case:
         feeds: one array per model input.
         extras: arrays that came with them and are not inputs (labels, masks).
         typical: whether claim B is measured on it; the extremes are for claim A alone.
+        kind: of the inputs: ``random``, ``given``, or which extreme.
+        poison: symbols of the batch axis where the first sample has an entry that is NaN or infinite; else none.
     """
 
     label: str
     feeds: Feeds
     extras: Feeds = dataclasses.field(default_factory=dict)
     typical: bool = True
+    kind: str = "random"
+    poison: tuple[str, ...] = ()
 
 
 def is_large(model: Model) -> bool:
@@ -89,7 +94,12 @@ def is_large(model: Model) -> bool:
 
 
 def open_model(
-    model: Model, provider: Provider, *, fast: bool = False, mapped: bool | None = None
+    model: Model,
+    provider: Provider,
+    *,
+    fast: bool = False,
+    mapped: bool | None = None,
+    settings: SessionSettings | None = None,
 ) -> Session:
     """A session on a model whose external data, if any, lies beside its file.
 
@@ -110,7 +120,7 @@ def open_model(
     return open_session(
         proto.SerializeToString(),
         provider,
-        SessionSettings(prepack=not mapped, rounds=fast),
+        dataclasses.replace(settings or SessionSettings(), prepack=not mapped, rounds=fast),
         label=model.label,
         data_folder=model.folder,
         weights=weights,
@@ -125,9 +135,10 @@ def made_up_cases(
     batch: tuple[int, ...] = (1, 5, 32),
     other: tuple[int, ...] = OTHER_SIZES[0],
 ) -> Iterator[Case]:
-    """Random inputs at every setting of the dynamic axes, then zeros, large and tiny ones.
+    """Random inputs at every setting of the dynamic axes, then extremes, then NaN and infinities in one sample.
 
-    Batches are smaller where a single sample is large.
+    Batches are smaller where a single sample is large. The extremes come at the second setting, and the last
+    ones only where every input's first axis counts samples.
 
     Args:
         proto: the model.
@@ -144,8 +155,14 @@ def made_up_cases(
         for draw in range(seeds):
             feeds = random_feeds(specs, rng=rng, dims=dims, limits=limits)
             yield Case(f"random inputs {draw + 1} at {sizes}", feeds)
-    for label, feeds in special_feeds(specs, rng=rng, dims=settings[-1], limits=limits).items():
-        yield Case(f"{label} inputs", feeds, typical=False)
+    dims = settings[min(1, len(settings) - 1)]
+    for kind, feeds in special_feeds(specs, rng=rng, dims=dims, limits=limits).items():
+        yield Case(f"{kind} inputs", feeds, typical=False, kind=kind)
+    batches = batch_dims(specs)
+    if all(spec.shape and spec.axis_symbol(0) in batches for spec in specs):
+        for kind, feeds in poisoned_feeds(specs, rng=rng, dims=dims, limits=limits).items():
+            label = f"random inputs with {kind} in the first sample"
+            yield Case(label, feeds, typical=False, kind=kind, poison=batches)
 
 
 def working_size(proto: onnx.ModelProto, session: Session, rng: np.random.Generator) -> int:
@@ -169,7 +186,7 @@ def working_size(proto: onnx.ModelProto, session: Session, rng: np.random.Genera
 def sample_cases(samples: Samples) -> Iterator[Case]:
     """The user's inputs, a batch at a time."""
     for number, (feeds, extras) in enumerate(samples.batches(SAMPLES_AT_A_TIME)):
-        yield Case(f"{samples.source}, batch {number + 1}", feeds, extras)
+        yield Case(f"{samples.source}, batch {number + 1}", feeds, extras, kind="given")
 
 
 def runnable(

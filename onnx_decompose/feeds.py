@@ -23,6 +23,7 @@ __all__ = [
     "batch_sizes",
     "dim_symbols",
     "index_limits",
+    "poisoned_feeds",
     "random_feeds",
     "size_settings",
     "special_feeds",
@@ -33,6 +34,7 @@ Feeds = dict[str, "NDArray[Any]"]
 
 _DEFAULT_LIMITS = (0, 2)
 _FOLLOWED = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+_SAME_SHAPE = ("Cast", "DequantizeLinear", "Identity")
 
 
 def random_feeds(
@@ -72,25 +74,50 @@ def special_feeds(
     dims: Mapping[str, int],
     limits: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Feeds]:
-    """Inputs at the extremes of the float range: ``zeros``, ``large`` and ``tiny``.
+    """Inputs at the extremes of the float range: ``zeros``, ``large``, ``tiny``, ``denormal`` and ``negative``.
 
     Large and tiny values are chosen per dtype such that products of a few of them neither
-    overflow nor vanish in it: 1e3 and 1e-5 in float32, 16 and 8e-3 in float16. Integers are
-    drawn as in :func:`random_feeds`, and are at their lowest value in ``zeros``.
+    overflow nor vanish in it: 1e3 and 1e-5 in float32, 16 and 8e-3 in float16. Denormal ones are under the smallest
+    normal number, negative ones of size 1. Integers are drawn as in :func:`random_feeds`, and are at their lowest
+    value in ``zeros``.
     """
-    made: dict[str, Feeds] = {"zeros": {}, "large": {}, "tiny": {}}
+    made: dict[str, Feeds] = {
+        kind: {} for kind in ("zeros", "large", "tiny", "denormal", "negative")
+    }
     for spec in specs:
         low, high = (limits or {}).get(spec.name, _DEFAULT_LIMITS)
-        scales = {"zeros": 0.0, "large": 1.0, "tiny": 1.0}
+        scales = {"zeros": 0.0, "large": 1.0, "tiny": 1.0, "denormal": 1.0, "negative": 1.0}
         if is_float(spec.dtype):
             finfo = ml_dtypes.finfo(spec.dtype)  # type: ignore[no-untyped-call]
             scales["large"] = min(1e3, float(finfo.max) ** 0.25)
             scales["tiny"] = max(1e-5, float(finfo.tiny) ** 0.5)
+            scales["denormal"] = float(finfo.tiny) / 16
         for label, scale in scales.items():
             bounds = (low, low + 1) if label == "zeros" else (low, high)
             made[label][spec.name] = _draw(spec, _shape(spec, dims), rng, scale, bounds)
             if label == "zeros" and spec.dtype == np.bool_:
                 made[label][spec.name][...] = False
+            if label == "negative" and is_float(spec.dtype):
+                made[label][spec.name] = -np.abs(made[label][spec.name])
+    return made
+
+
+def poisoned_feeds(
+    specs: Sequence[TensorSpec],
+    *,
+    rng: np.random.Generator,
+    dims: Mapping[str, int],
+    limits: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, Feeds]:
+    """Random inputs, the first entry of every float input ``NaN`` or ``infinity``; none without float inputs."""
+    made: dict[str, Feeds] = {}
+    for kind, value in (("NaN", np.nan), ("infinity", np.inf)):
+        feeds = random_feeds(specs, rng=rng, dims=dims, limits=limits)
+        floats = [array for array in feeds.values() if is_float(array.dtype) and array.size]
+        for array in floats:
+            array[(0,) * array.ndim] = value
+        if floats:
+            made[kind] = feeds
     return made
 
 
@@ -186,24 +213,53 @@ def size_settings(
 def index_limits(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     """Valid ranges of the integer inputs that look up rows of constant tables (Gather).
 
-    Shape-preserving ops and casts between input and Gather are followed; an input that looks up
-    several tables gets the smallest. Random token ids then cover the whole vocabulary.
+    Shape-preserving operators and casts between input and lookup are followed, as are those between a stored table
+    and its lookup (a table in integers is dequantized), also where an input is only read inside a body of If, Loop or
+    Scan. An input that looks up several tables gets the smallest. Random token ids then cover the whole vocabulary.
     """
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    origin = {value.name: value.name for value in model.graph.input if value.name not in shapes}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in stored]
     limits: dict[str, tuple[int, int]] = {}
-    for node in model.graph.node:
-        if node.op_type in _FOLLOWED and node.input[0] in origin:
-            origin[node.output[0]] = origin[node.input[0]]
-        if node.op_type != "Gather" or node.input[1] not in origin:
-            continue
-        table = shapes.get(node.input[0])
-        if not table:
-            continue
-        axis = next((attr.i for attr in node.attribute if attr.name == "axis"), 0)
-        name = origin[node.input[1]]
-        limits[name] = (0, min(limits.get(name, (0, table[axis]))[1], table[axis]))
+    _follow(
+        model.graph,
+        {name: tuple(tensor.dims) for name, tensor in stored.items()},
+        {name: name for name in names},
+        limits,
+    )
     return limits
+
+
+def _follow(
+    graph: onnx.GraphProto,
+    tables: dict[str, tuple[int, ...]],
+    origin: dict[str, str],
+    limits: dict[str, tuple[int, int]],
+) -> None:
+    """Collect the ranges of a graph's lookups.
+
+    Args:
+        graph: a graph, or a body inside it.
+        tables: shapes of the stored values that are in sight.
+        origin: the input that each value in sight is, as it is.
+        limits: what is found.
+    """
+    tables.update((tensor.name, tuple(tensor.dims)) for tensor in graph.initializer)
+    for node in graph.node:
+        source = node.input[0] if node.input else ""
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "Constant" and "value" in attributes:
+            tables[node.output[0]] = tuple(attributes["value"].t.dims)
+        if node.op_type in _FOLLOWED and source in origin:
+            origin[node.output[0]] = origin[source]
+        if node.op_type in _SAME_SHAPE and source in tables:
+            tables[node.output[0]] = tables[source]
+        if node.op_type == "Gather" and node.input[1] in origin and tables.get(source):
+            axis = attributes["axis"].i if "axis" in attributes else 0
+            name, size = origin[node.input[1]], tables[source][axis]
+            limits[name] = (0, min(limits.get(name, (0, size))[1], size))
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _follow(body, dict(tables), dict(origin), limits)
 
 
 def _dynamic_axes(specs: Sequence[TensorSpec]) -> list[tuple[str, int]]:

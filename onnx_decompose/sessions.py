@@ -90,6 +90,7 @@ class _SessionOptions(Protocol):
     log_severity_level: int
     graph_optimization_level: object
     intra_op_num_threads: int
+    use_deterministic_compute: bool
 
     def add_session_config_entry(self, key: str, value: str) -> None: ...
     def add_external_initializers(self, names: list[str], values: list[_OrtValue]) -> None: ...
@@ -140,6 +141,7 @@ class SessionSettings:
             a model with external data are otherwise mapped from their file.
         rounds: let onnxruntime round activations to 8 bits where a product's weight alone is quantized (about 5e-3
             relative), as it does by default.
+        deterministic: ask for kernels that give the same bytes every time, where a provider has a choice.
     """
 
     tf32: bool = False
@@ -148,6 +150,7 @@ class SessionSettings:
     cuda_graph: bool = False
     prepack: bool = True
     rounds: bool = True
+    deterministic: bool = False
 
 
 def resolve_provider(name: ProviderName, *, model: ModelSource | None = None) -> Provider:
@@ -416,6 +419,7 @@ def _session_options(
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if settings.optimize else levels.ORT_DISABLE_ALL
     )
+    options.use_deterministic_compute = settings.deterministic
     if not settings.prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not settings.rounds:

@@ -82,7 +82,9 @@ class TestSpecialFeeds:
             spec("b", 50, dtype=np.bool_),
         ]
         made = special_feeds(specs, rng=rng, dims={}, limits={"i": (3, 9)})
-        assert list(made) == ["zeros", "large", "tiny"]
+        assert list(made) == ["zeros", "large", "tiny", "denormal", "negative"]
+        assert 0 < np.abs(made["denormal"]["x"]).max() < np.finfo(np.float32).tiny
+        assert made["negative"]["x"].max() <= 0 < np.abs(made["negative"]["x"]).max()
         assert not made["zeros"]["x"].any()
         assert not made["zeros"]["b"].any()
         assert set(made["zeros"]["i"]) == {3}
@@ -158,6 +160,28 @@ class TestIndexLimits:
             "u = Neg(free) }"
         )
         assert index_limits(model) == {"ids": (0, 3)}
+
+    def test_tables_in_integers_are_dequantized(self) -> None:
+        model = self.parse(
+            "g (int64[N] i) => (float[N, 2] y) <int8[3, 2] t = {1, 2, 3, 4, 5, 6}, float s = {0.5}> "
+            "{ d = DequantizeLinear(t, s) y = Gather(d, i) }"
+        )
+        assert index_limits(model) == {"i": (0, 3)}
+
+    def test_tables_in_constant_nodes(self) -> None:
+        model = self.parse(
+            "g (int64[N] i) => (float[N] y) "
+            "{ t = Constant<value = float[3] {1, 2, 3}>() y = Gather(t, i) }"
+        )
+        assert index_limits(model) == {"i": (0, 3)}
+
+    def test_lookups_in_a_body(self) -> None:
+        model = self.parse(
+            "g (int64[N] i, bool b) => (float[N, 2] y) <float[3, 2] t = {1, 2, 3, 4, 5, 6}> { y = If (b) <"
+            "then_branch = th () => (float[N, 2] p) { p = Gather(t, i) },"
+            "else_branch = el () => (float[N, 2] q) { n = Identity(i) q = Gather(t, n) }> }"
+        )
+        assert index_limits(model) == {"i": (0, 3)}
 
     def test_tables_that_are_not_constant_say_nothing(self) -> None:
         model = self.parse(

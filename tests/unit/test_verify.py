@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from onnx_decompose.metrics import Metric
 from onnx_decompose.model_io import Model
 from onnx_decompose.passes.splice import ORIGIN_KEY
 from onnx_decompose.proof import prove_structure
+from onnx_decompose.reference import Reference, open_reference
 from onnx_decompose.samples import samples_from_arrays
 from onnx_decompose.sessions import Provider
 from onnx_decompose.tensors import graph_inputs
@@ -299,6 +301,87 @@ class TestClaimA:
         assert not claim(original(), after)
         assert claim(original(), after, tolerance=Tolerance(rtol=1e9, atol=10.0))
 
+    def test_it_says_what_it_was_compared_with(self) -> None:
+        found = claim(original(), rewritten())
+        assert found.reference == "onnxruntime in float64"
+        assert found.annealed_error is not None
+        assert found.rewritten_error is not None
+        assert found.annealed_error < 1e-6
+        assert found.repeatable is True
+        assert found.tf32_error is None
+        given = claim(original(), rewritten(), tolerance=Tolerance(1e-4))
+        assert given.reference == "the tolerance that was given"
+
+    def test_far_less_than_the_type_s_tolerance_is_caught(self) -> None:
+        """A scale that is 2e-5 off: claim A's tolerance of float32 without a reference is 1e-4."""
+        after = rewritten()
+        after.proto.graph.initializer.append(
+            numpy_helper.from_array(np.array(1 + 2e-5, np.float32), "another")
+        )
+        after.proto.graph.node[4].input[1] = "another"
+        found = claim(original(), after)
+        assert not found
+        assert found.error < 1e-4
+        assert found.failed_case is not None
+        assert found.failed_case.label in found.reason
+
+    def test_without_a_reference_the_type_decides(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("onnx_decompose.equivalence.open_reference", lambda _: "too large")
+        found = claim(original(), rewritten())
+        assert found
+        assert found.annealed_error is None
+        assert found.reference.endswith("no float64 reference: too large")
+
+    @pytest.mark.parametrize("seconds", [0.0, 100.0])
+    def test_a_slow_reference_runs_a_few_times_or_once(
+        self, monkeypatch: pytest.MonkeyPatch, seconds: float
+    ) -> None:
+        monkeypatch.setattr("onnx_decompose.equivalence._MOST_SECONDS", 50.0)
+        clock = itertools.count(0.0, seconds)
+        monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+        opened = open_reference(original())
+        assert isinstance(opened, Reference)
+        slow = dataclasses.replace(opened, slow=True)
+        monkeypatch.setattr("onnx_decompose.equivalence.open_reference", lambda _: slow)
+        found = structural_claim(
+            original(), rewritten(), inputs=Inputs(seeds=4), provider=Provider.CPU
+        )
+        assert found
+        gave_up = found.reference.endswith("no float64 reference: 100 s a run")
+        assert gave_up is (seconds > 0)
+
+    def test_nan_of_one_sample_in_another(self) -> None:
+        """The sum over all samples, times zero: nothing, but for what is not finite."""
+        after = rewritten()
+        graph = after.proto.graph
+        graph.node[4].output[0] = "z"
+        graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "nothing"))
+        graph.node.extend(
+            [
+                helper.make_node("ReduceSum", ["x"], ["sum"], "sum", keepdims=0),
+                helper.make_node("Mul", ["sum", "nothing"], ["none"], "none"),
+                helper.make_node("Add", ["z", "none"], ["y"], "last"),
+            ]
+        )
+        found = claim(original(), after)
+        assert not found
+        assert found.reason.endswith(
+            "; output 'y' is not finite in a sample where the annealed model's is "
+            "on random inputs with NaN in the first sample"
+        )
+
+    def test_a_rewritten_model_that_does_not_run(self) -> None:
+        after = rewritten()
+        graph = after.proto.graph
+        graph.initializer.append(numpy_helper.from_array(np.array([5, 4], np.int64), "shape"))
+        graph.node[4].output[0] = "z"
+        graph.node.append(helper.make_node("Reshape", ["z", "shape"], ["y"], "five rows"))
+        found = claim(original(), after)
+        assert not found
+        assert "; does not run on random inputs 1 at n 1: " in found.reason
+
     def test_a_model_without_metadata(self) -> None:
         with pytest.raises(ModelError, match="only claim B can be checked"):
             claim(original(), original())
@@ -407,7 +490,15 @@ class TestClaimB:
     def test_large_and_tiny_inputs_are_not_typical(self) -> None:
         cases = list(Inputs(seeds=2).cases(original()))
         labels = [case.label for case in cases if not case.typical]
-        assert labels == ["zeros inputs", "large inputs", "tiny inputs"]
+        assert labels == [
+            "zeros inputs",
+            "large inputs",
+            "tiny inputs",
+            "denormal inputs",
+            "negative inputs",
+            "random inputs with NaN in the first sample",
+            "random inputs with infinity in the first sample",
+        ]
         assert sum(case.typical for case in cases) == 6  # 2 draws at 3 batch sizes
 
     def test_the_seed_decides_the_inputs(self) -> None:
@@ -663,4 +754,4 @@ class TestCancelling:
     def test_more_is_not(self) -> None:
         found = self.claim(1e-5)
         assert not found
-        assert "on zeros inputs" in found.reason
+        assert "output 'y' deviates" in found.reason
