@@ -190,6 +190,7 @@ def _time_regions(tried: Attempt, provider: Provider, options: Options) -> Mappi
 
 def _rewrite(tried: Attempt, options: Options) -> Model:
     rewritten, decomposition = rewritten_model(tried, options.budget)
+    decomposition = dataclasses.replace(decomposition, budgets=dict(options.output_budgets))
     write_decomposition(rewritten.proto, decomposition, VERSION)
     return rewritten
 

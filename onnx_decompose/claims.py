@@ -149,6 +149,8 @@ class Inputs:
         seeds: random draws at each size, for claim A always and for claim B without ``samples``.
         seed: of the random draws.
         metric: the user's metric on (inputs, outputs), higher is better; None for the relative L2 error.
+        agreement: measure claim B by how often the largest entry of an output's row stays at its place.
+        budgets: bounds of claim B by output name, where they are not the common one; without a metric.
         part: what ``samples`` are of the user's inputs, where they are not all of them.
     """
 
@@ -156,6 +158,8 @@ class Inputs:
     seeds: int = 3
     seed: int = 0
     metric: Metric | None = None
+    agreement: bool = False
+    budgets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     part: str = ""
 
     @property

@@ -56,6 +56,23 @@ class _Batches(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of sizes such as 1,16,256", param, ctx)
 
 
+class _OutputBudget(click.ParamType[tuple[str, float]]):
+    """An output's name and a bound."""
+
+    name = "name=bound"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, _, bound = str(value).rpartition("=")
+        try:
+            return name, float(bound if name else "")
+        except ValueError:
+            self.fail(f"{value!r} is not NAME=BOUND, such as logits=0.001", param, ctx)
+
+
 def _evidence_options(command: Callable[P, R]) -> Callable[P, R]:
     """The options that decide which entries count as supported."""
     for option in reversed(
@@ -225,7 +242,17 @@ def analyze(
     show_default=True,
     help="Allowed relative L2 error of every output, or drop of the metric; 0 is exact.",
 )
-@click.option("--metric", help="MODULE:FUNCTION, higher is better.")
+@click.option(
+    "--output-budget",
+    "output_budgets",
+    type=_OutputBudget(),
+    multiple=True,
+    help="NAME=BOUND: relative L2 error allowed of one output, in the place of --budget; repeatable.",
+)
+@click.option(
+    "--metric",
+    help="MODULE:FUNCTION, higher is better; or top1, agreement on the largest entry of each row.",
+)
 @_PROVIDER
 @click.option(
     "--emit",
@@ -297,6 +324,7 @@ def rewrite(
 @click.option(
     "--budget", type=float, help="Claim B: by default what the model was rewritten with."
 )
+@click.option("--metric", help="Claim B: MODULE:FUNCTION or top1, as it was rewritten with.")
 @_PROVIDER
 @click.option("--report", type=_PATH, help="Write the result as JSON.")
 @_common_options

@@ -211,12 +211,14 @@ class Decomposition:
         sites: every site by name whose weight is stored otherwise than in the original.
         reordered: initializer name -> the constant whose units it holds in another order.
         constants: name in the original -> where the rewritten model stores its parts.
+        budgets: bounds of claim B by output name, where they are not ``budget``.
     """
 
     budget: float
     sites: Mapping[str, SiteBlocks]
     reordered: Mapping[str, Reordered] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, SlicedConstant] = dataclasses.field(default_factory=dict)
+    budgets: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def digest(weight: NDArray[Any]) -> str:
@@ -267,6 +269,8 @@ def write_decomposition(
         "budget": decomposition.budget,
         "sites": sites,
     }
+    if decomposition.budgets:
+        content["budgets"] = dict(decomposition.budgets)
     if decomposition.reordered:
         content["reordered"] = {
             name: {
@@ -310,7 +314,8 @@ def read_decomposition(proto: onnx.ModelProto, label: str) -> Decomposition | No
         constants = {
             name: _sliced(fields) for name, fields in content.get("constants", {}).items()
         }
-        return Decomposition(float(content["budget"]), sites, reordered, constants)
+        budgets = {str(name): float(b) for name, b in content.get("budgets", {}).items()}
+        return Decomposition(float(content["budget"]), sites, reordered, constants, budgets)
     except _BROKEN as error:
         raise ModelError(
             f"{label}: the metadata '{DECOMPOSITION_KEY}' is broken ({error!r}); rewrite the model again"

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
     from onnx_decompose.feeds import Feeds
 
-__all__ = ["Deviation", "DeviationAccumulator", "Metric", "load_metric"]
+__all__ = ["TOP1", "Deviation", "DeviationAccumulator", "Metric", "load_metric"]
+
+
+TOP1 = "top1"
+"""The metric that needs no function: agreement with the original on the largest entry of each row."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

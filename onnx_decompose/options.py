@@ -37,7 +37,9 @@ class Options:
             (biases alone), ``none``.
         budget: bound of claim B: relative L2 error of every output, or the metric's drop; 0 removes nothing but
             exact zeros.
-        metric: ``module:function``, higher is better.
+        output_budgets: bounds of single outputs in the place of ``budget``, as (name, bound); without a metric.
+        metric: ``module:function``, higher is better; or ``top1``, how often an output's largest entry stays at its
+            place.
         provider: where to run and to time.
         emit: how regions are rewritten; ``auto`` chooses by cost.
         autotune: time the candidates of every region and take the fastest, not the one predicted to be.
@@ -55,6 +57,7 @@ class Options:
     annealing: Annealing = "auto"
     compensation: Compensation = "ridge"
     budget: float = 0.01
+    output_budgets: tuple[tuple[str, float], ...] = ()
     metric: str | None = None
     provider: ProviderChoice = "auto"
     emit: Emit = "auto"
@@ -74,10 +77,7 @@ class Options:
             raise OptionError(
                 f"alpha {self.alpha} is not a level; give a number between 0 and 1"
             )
-        if not self.budget >= 0:
-            raise OptionError(
-                f"budget {self.budget} is negative; give 0 for exact, or a small number"
-            )
+        self._check_budgets()
         self._check_choices()
         if self.annealing == "calibrated" and self.calibration is None:
             raise OptionError("calibrated annealing needs data: give --calibration with inputs")
@@ -92,6 +92,21 @@ class Options:
         if self.metric is not None and self.calibration is None:
             raise OptionError(
                 "a metric needs data: give --calibration with the inputs (and labels) that it reads"
+            )
+
+    def _check_budgets(self) -> None:
+        if not self.budget >= 0:
+            raise OptionError(
+                f"budget {self.budget} is negative; give 0 for exact, or a small number"
+            )
+        for name, bound in self.output_budgets:
+            if not bound >= 0:
+                raise OptionError(
+                    f"output budget {bound} for {name!r} is negative; give 0 or more"
+                )
+        if self.output_budgets and self.metric is not None:
+            raise OptionError(
+                "output budgets bound relative errors; give a metric or them, not both"
             )
 
     @property

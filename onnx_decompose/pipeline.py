@@ -19,7 +19,7 @@ from onnx_decompose.decompose import Attempt, annealed_model
 from onnx_decompose.errors import OptionError
 from onnx_decompose.gather import gather_all
 from onnx_decompose.metadata import rewritten_before
-from onnx_decompose.metrics import load_metric
+from onnx_decompose.metrics import TOP1, load_metric
 from onnx_decompose.model_io import (
     Model,
     check_output,
@@ -157,6 +157,7 @@ def validate(  # noqa: PLR0913 (the command's options)
     seed: int = 0,
     tolerance: Tolerance | None = None,
     budget: float | None = None,
+    metric: str | None = None,
     provider: ProviderChoice = "auto",
 ) -> Validation:
     """Check claims A and B of a rewritten model.
@@ -169,6 +170,7 @@ def validate(  # noqa: PLR0913 (the command's options)
         seed: of the random draws.
         tolerance: of claim A's outputs; by default their type decides.
         budget: of claim B; by default the one that the rewritten model was accepted with.
+        metric: what claim B measures, as in ``Options``: a budget means nothing without it.
         provider: where to run.
 
     Raises:
@@ -177,13 +179,15 @@ def validate(  # noqa: PLR0913 (the command's options)
     """
     if budget is not None and not budget >= 0:
         raise OptionError(f"budget {budget} is negative; give 0 for exact, or a small number")
+    if metric is not None and inputs is None:
+        raise OptionError("a metric needs data: give --inputs with all that it reads")
     before, after = load_model(original), load_model(rewritten)
     samples = None if inputs is None else load_inputs(Path(inputs), graph_inputs(before.proto))
     with blaming(before, after):
         return validate_models(
             before,
             after,
-            inputs=Inputs(samples, seeds=seeds, seed=seed),
+            inputs=_measured_by(metric, Inputs(samples, seeds=seeds, seed=seed)),
             provider=resolve_provider(provider),
             budget=budget,
             tolerance=tolerance,
@@ -246,8 +250,16 @@ def _inputs(model: Model, options: Options) -> Inputs:
     samples = None
     if options.calibration is not None:
         samples = load_inputs(options.calibration, graph_inputs(model.proto))
-    metric = None if options.metric is None else load_metric(options.metric)
-    return Inputs(samples, seeds=options.seeds, seed=options.seed, metric=metric)
+    inputs = Inputs(
+        samples, seeds=options.seeds, seed=options.seed, budgets=dict(options.output_budgets)
+    )
+    return _measured_by(options.metric, inputs)
+
+
+def _measured_by(metric: str | None, inputs: Inputs) -> Inputs:
+    if metric == TOP1:
+        return dataclasses.replace(inputs, agreement=True)
+    return inputs if metric is None else dataclasses.replace(inputs, metric=load_metric(metric))
 
 
 def _autotune(tried: Attempt, inputs: Inputs, provider: Provider, options: Options) -> Attempt:

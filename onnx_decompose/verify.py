@@ -24,15 +24,17 @@ from onnx_decompose.claims import (
     Validation,
 )
 from onnx_decompose.equivalence import measure_structural
-from onnx_decompose.errors import DataError, ModelError
+from onnx_decompose.errors import DataError, ModelError, OptionError
 from onnx_decompose.metadata import carry_the_same, read_decomposition
 from onnx_decompose.metrics import DeviationAccumulator
 from onnx_decompose.proof import annealed_model, prove_structure
 from onnx_decompose.tensors import graph_inputs, graph_outputs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from onnx_decompose.feeds import Feeds
-    from onnx_decompose.metrics import Metric
+    from onnx_decompose.metrics import Deviation, Metric
     from onnx_decompose.model_io import Model
     from onnx_decompose.sessions import Provider
 
@@ -86,7 +88,9 @@ def validate_models(
             original, rewritten, inputs=inputs, provider=provider, tolerance=tolerance
         )
     if decomposition is not None:
-        budget = decomposition.budget if budget is None else budget
+        if budget is None:
+            inputs = dataclasses.replace(inputs, budgets=decomposition.budgets)
+            budget = decomposition.budget
     annealing = measure_annealing(
         original,
         rewritten,
@@ -147,20 +151,61 @@ def measure_annealing(
         if inputs.metric is not None:
             scores.append(({**case.feeds, **case.extras}, expected, got))
     outputs = {name: accumulator.result() for name, accumulator in deviations.items()}
-    if inputs.metric is None:
-        error = max(deviation.relative_l2 for deviation in outputs.values())
-        measure = "relative L2 error"
+    if inputs.metric is not None:
+        error, measure, rounding = (
+            _metric_drop(inputs.metric, scores),
+            "drop of the metric",
+            0.0,
+        )
+    elif inputs.agreement:
+        error, measure, rounding = _disagreement(outputs), "share of other top-1 answers", 0.0
     else:
-        error = _metric_drop(inputs.metric, scores)
-        measure = "drop of the metric"
-    # Two graphs that are equal in exact arithmetic still differ by the order of their additions.
-    rounding = (
-        0.0
-        if inputs.metric
-        else max(_ROUNDING.get(s.dtype.name, 0.0) for s in reference.outputs)
-    )
+        # Two graphs that are equal in exact arithmetic still differ by the order of their additions.
+        rounding = max(_ROUNDING.get(s.dtype.name, 0.0) for s in reference.outputs)
+        error, measure, budget = _worst_output(outputs, inputs.budgets, budget, rounding)
     passed = bool(error <= max(budget, rounding))
     return AnnealingClaim(passed, float(error), budget, inputs.data, measure, outputs)
+
+
+def _worst_output(
+    outputs: Mapping[str, Deviation],
+    budgets: Mapping[str, float],
+    budget: float,
+    rounding: float,
+) -> tuple[float, str, float]:
+    """The error of the output that is nearest to its budget or farthest beyond it, what it is, and that budget.
+
+    Raises:
+        OptionError: a budget is for an output that is not there.
+    """
+    unknown = budgets.keys() - outputs.keys()
+    if unknown:
+        raise OptionError(
+            f"output budget for {min(unknown)!r}: the model's outputs are {', '.join(map(repr, outputs))}"
+        )
+    if not budgets:
+        worst = max(deviation.relative_l2 for deviation in outputs.values())
+        return worst, "relative L2 error", budget
+    allowed = {name: budgets.get(name, budget) for name in outputs}
+    name = max(
+        outputs,
+        key=lambda name: outputs[name].relative_l2 / max(allowed[name], rounding, 1e-300),
+    )
+    return outputs[name].relative_l2, f"relative L2 error of output '{name}'", allowed[name]
+
+
+def _disagreement(outputs: Mapping[str, Deviation]) -> float:
+    """The largest share of rows whose largest entry is at another place, over the outputs that have such rows.
+
+    Raises:
+        DataError: none has.
+    """
+    found = [d.top1_agreement for d in outputs.values() if d.top1_agreement is not None]
+    if not found:
+        raise DataError(
+            "metric top1: no output has rows of two or more numbers; name a metric of your own"
+        )
+    return 1.0 - min(found)
 
 
 def _metric_drop(metric: Metric, scores: list[tuple[Feeds, Feeds, Feeds]]) -> float:

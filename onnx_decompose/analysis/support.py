@@ -123,9 +123,11 @@ def coactive_groups(
     """
     pvalue, phi = activity.association()
     count = activity.alone.size
-    edges = (pvalue <= alpha / max(count * (count - 1) / 2, 1)) & (phi >= level)
+    bound = alpha / max(count * (count - 1) / 2, 1)
+    edges = (pvalue <= bound) & (phi >= level)
     np.fill_diagonal(edges, val=False)
     _, found = csgraph.connected_components(sparse.csr_array(edges), directed=False)
+    _join_the_rare(found, activity, bound)
     sizes = np.bincount(found)
     labels = np.full(count, APART, dtype=np.intp)
     groups = [k for k in dict.fromkeys(found.tolist()) if sizes[k] > 1]
@@ -140,6 +142,32 @@ def coactive_groups(
     loose = (labels == APART) & (nearness.max(axis=1) > 0)
     labels[loose] = nearness[loose].argmax(axis=1)
     return labels, len(groups)
+
+
+def _join_the_rare(found: NDArray[np.integer[Any]], activity: Activity, bound: float) -> None:
+    """Put groups that are active too rarely to be told from a part of another one into that one, in place.
+
+    A few rows that all lie where another group is active would be no evidence of an edge, even if it were there, and
+    are none that the groups are apart. Where a rare group is seen without the other, that is.
+    """
+    alone = activity.alone
+    heads = {
+        int(k): int(np.where(found == k, alone, -1).argmax())
+        for k in np.flatnonzero(np.bincount(found) > 1)
+    }
+    for group, head in sorted(heads.items(), key=lambda item: alone[item[1]]):
+        shares = {
+            other: activity.together[head, found == other].max(initial=0.0) / alone[head]
+            for other in heads
+            if other != group and (found == other).any()
+        }
+        if not shares:
+            return
+        other = max(shares, key=lambda other: shares[other])
+        often = alone[heads[other]]
+        surest = stats.hypergeom.sf(alone[head] - 1, activity.rows, often, alone[head])
+        if often > alone[head] and shares[other] >= often / activity.rows and surest > bound:
+            found[found == group] = other
 
 
 class SpreadAccumulator:

@@ -13,7 +13,7 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from tests.e2e.planted import run, save
+from tests.e2e.planted import decomposition, run, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -341,3 +341,72 @@ class TestGroupedSupport:
         result, job = rewrite(Groups(rng, shuffled=what == "weights"), shuffled=what == "data")
         assert result.code == 0
         assert job.report["summary"]["substructures"] <= 1
+
+
+class TestBudgets:
+    TWO = TEXT.replace("(float[N, 6] y)", "(float[N, 6] y, float[N, 6] z)").replace(
+        "y = MatMul(cr, w2)", "y = MatMul(cr, w2)\n    z = Mul(y, y)"
+    )
+
+    @pytest.fixture
+    def two(self, command: Command, rng: np.random.Generator, tmp_path: Path) -> Job:
+        """A second output whose relative error is about twice the first one's."""
+        model = onnx.parser.parse_model(self.TWO)
+        model.graph.initializer.extend(faded(rng).graph.initializer)
+        return Job(command, model, tmp_path)
+
+    def test_each_output_has_its_own(
+        self, two: Job, command: Command, rng: np.random.Generator
+    ) -> None:
+        x = normal(rng, 1000)
+        assert two(x, "--budget", "0.5", "--output-budget", "y=1e-3").code == 0
+        claim = two.report["claims"]["annealing"]
+        assert claim["measure"] == "relative L2 error of output 'y'"
+        assert claim["budget"] == 1e-3
+        assert claim["outputs"]["z"]["relative_l2"] > claim["error"]
+        stored = decomposition(onnx.load(two.output))
+        assert stored["budgets"] == {"y": 1e-3}
+        assert (
+            command(
+                "validate", two.source, two.output, "--inputs", two.data(normal(rng, 500))
+            ).code
+            == 0
+        )
+
+    def test_the_tightest_one_decides(self, two: Job, rng: np.random.Generator) -> None:
+        result = two(normal(rng, 1000), "--output-budget", "z=1e-9", "--compensation", "none")
+        assert "the relative L2 error of output 'z' would be" in result.last_line
+
+    def test_of_an_output_that_is_not_there(self, two: Job, rng: np.random.Generator) -> None:
+        result = two(normal(rng, 1000), "--output-budget", "w=1e-3")
+        assert result.code == 2
+        assert "'w': the model's outputs are 'y', 'z'" in result.err
+
+    @pytest.mark.parametrize("value", ["y", "=1", "y=much", "y=-1"])
+    def test_that_is_none(self, two: Job, rng: np.random.Generator, value: str) -> None:
+        assert two(normal(rng, 100), "--output-budget", value).code == 2
+
+    def test_top1_counts_answers(self, job: Job, rng: np.random.Generator) -> None:
+        x = normal(rng, 1000)
+        assert job(x, "--metric", "top1", "--budget", "0.02").last_line.startswith(
+            "rewritten: "
+        )
+        claim = job.report["claims"]["annealing"]
+        assert claim["measure"] == "share of other top-1 answers"
+        assert 0 <= claim["error"] <= 0.02
+        new = normal(rng, 2000)
+        same = run(job.source, new).argmax(axis=1) == run(job.output, new).argmax(axis=1)
+        assert same.mean() > 0.95
+
+
+def test_validate_needs_the_metric_that_the_budget_is_of(
+    job: Job, command: Command, rng: np.random.Generator
+) -> None:
+    assert job(normal(rng, 1000), "--metric", "top1", "--budget", "0.02").code == 0
+    both = ("validate", job.source, job.output, "--inputs", job.data(normal(rng, 500)))
+    checked = command(*both, "--metric", "top1", "--budget", "0.1")
+    assert checked.code == 0, checked.err
+    assert "share of other top-1 answers" in checked.out
+    missing = command("validate", job.source, job.output, "--metric", "top1")
+    assert missing.code == 2
+    assert "--inputs" in missing.err

@@ -16,14 +16,18 @@ from models.data import load_task_data
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.structure import Edge, state_components
 from onnx_decompose.bench import BatchTiming, Timing
+from onnx_decompose.calibrated import CalibrationContext, annealed_by, refitted, split_samples
 from onnx_decompose.cases import open_model
 from onnx_decompose.gather import gather_all
 from onnx_decompose.model_io import load_model
 from onnx_decompose.options import Options
 from onnx_decompose.pipeline import rewrite, validate
 from onnx_decompose.priors import read_records
+from onnx_decompose.samples import load_inputs
 from onnx_decompose.sessions import Provider
 from onnx_decompose.study import study_model
+from onnx_decompose.support_proposals import supported_groups
+from onnx_decompose.tensors import graph_inputs
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -165,3 +169,28 @@ def test_multitask_dense_is_exactly_as_it_was_under_zero(tmp_path: Path) -> None
     report = rewrite(original, output, Options(null="zero", batch=(1,))).report
     assert not report.summary.decomposable
     assert output.read_bytes() == original.read_bytes()
+
+
+def test_multitask_dense_falls_apart_by_what_is_active_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing but its calibration inputs is known: no label, no word on which output is whose."""
+    monkeypatch.setattr("onnx_decompose.neighbours.COPIES", 8)
+    model = load_model(MODELS / "multitask_dense.onnx")
+    samples = load_inputs(MODELS / "multitask_dense_calibration.npz", graph_inputs(model.proto))
+    context = CalibrationContext(study_model(model), split_samples(samples, 0), Provider.CPU)
+    proposal = next(iter(supported_groups(context)))
+    found = state_components(
+        (111, 1024, 512, 18),
+        [Edge(number, number + 1, mask) for number, mask in enumerate(proposal.masks.values())],
+    )
+    assert found.count == 4
+    outputs = sorted(tuple(found.units(number)[3].tolist()) for number in range(4))
+    assert outputs == [tuple(range(s.start, s.stop)) for s in metrics.OUTPUT_SLOTS.values()]
+    after = annealed_by(context.study, refitted(context, proposal))
+    with np.load(MODELS / "multitask_dense_inputs.npz") as arrays:
+        inputs = dict(arrays)
+    session = open_model(after, Provider.CPU)
+    reached = metrics.task_accuracy(inputs, session.run({"input": inputs["input"]}))
+    told = provenance("multitask_dense")["accuracy"]["test"]
+    assert all(reached[task] >= told[task] - 0.01 for task in told)

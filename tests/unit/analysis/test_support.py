@@ -80,6 +80,23 @@ class TestGroups:
         assert labels[12] == 1
         assert labels[13] == APART
 
+    def test_a_rare_pair_is_no_group_of_its_own(self, rng: np.random.Generator) -> None:
+        """Active together, and only ever in rows of one group: too few rows to show that they belong to it."""
+        active = np.column_stack([planted(rng, 400), np.zeros((400, 2), bool)])
+        where = np.flatnonzero(active[:, :6].any(axis=1))[:4]
+        active[where, 12:] = True
+        labels, count = coactive_groups(counted(active))
+        assert count == 3
+        np.testing.assert_array_equal(labels, [*GROUPS, 0, 0])
+
+    def test_a_rare_pair_that_is_seen_alone_is_a_group(self, rng: np.random.Generator) -> None:
+        active = np.column_stack([planted(rng, 400), np.zeros((400, 2), bool)])
+        active[:25] = False
+        active[:25, 12:] = True
+        labels, count = coactive_groups(counted(active))
+        assert count == 4
+        assert labels[12] == labels[13] == 3
+
     def test_phi_is_the_correlation_of_the_indicators(self, rng: np.random.Generator) -> None:
         active = planted(rng, 100, noise=0.2)
         _, phi = counted(active).association()

@@ -1,0 +1,265 @@
+"""What calibrated annealing gives, what each part of it is worth, and on how few samples it breaks.
+
+python -m tools.bench_calibrated deephme MODEL.onnx    budgets 1e-3 and 1e-5, judged on other inputs and distributions
+python -m tools.bench_calibrated multitask             multitask_dense: every task's accuracy before and after, by seed
+python -m tools.bench_calibrated ablate MODEL.onnx     one level on a regression model with one input, parts left out
+python -m tools.bench_calibrated ablate-multitask      the groups of multitask_dense, parts left out
+
+MODEL.onnx: DeepHME/models/predict_quantiles3D_DL_v8/predict_quantiles3D_DL_v8_even.onnx of deephme==1.2.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models.metrics import task_accuracy, task_likelihood
+from onnx_decompose.calibrated import CalibrationContext, annealed_by, refitted, split_samples
+from onnx_decompose.cases import open_model
+from onnx_decompose.decay_proposals import decayed_units
+from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.options import Options
+from onnx_decompose.pipeline import rewrite
+from onnx_decompose.samples import load_inputs, samples_from_arrays
+from onnx_decompose.sessions import Provider
+from onnx_decompose.study import study_model
+from onnx_decompose.support_proposals import supported_groups
+from onnx_decompose.tensors import graph_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.calibrated import Proposal
+    from onnx_decompose.samples import Samples
+
+    Array = NDArray[np.float32]
+
+MODELS = Path(__file__).parents[1] / "models"
+CALIBRATION, TEST = 6000, 4000
+LEVEL = "decay(0.00056)"
+GROUPS = "support(4 groups, equal, own rows)"
+SIZES = (6000, 3000, 1500, 1000, 600, 400, 300)
+
+
+def report_deephme(path: Path, seeds: int) -> None:
+    """Calibrated on normal inputs, judged on others and on other distributions."""
+    (spec,) = graph_inputs(load_model(path).proto)
+    width = int((spec.shape or (0, 0))[-1] or 0)
+    print(
+        "| seed | budget | chosen | weights left | claim B | speed-up at batch 256 | on other inputs |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed + 1)
+        given = rng.standard_normal((CALIBRATION, width)).astype(np.float32)
+        for budget in (1e-3, 1e-5):
+            with tempfile.TemporaryDirectory() as folder:
+                data = Path(folder) / "normal.npz"
+                np.savez(data, allow_pickle=False, **{spec.name: given})
+                options = Options(calibration=data, budget=budget, batch=(256,), seed=seed)
+                made = rewrite(path, None, options)
+            found = made.report
+            left = found.summary.weights_after / found.summary.weights_before
+            held = "-" if found.annealing is None else f"{found.annealing.error:.1e}"
+            speed = "-" if found.timing is None else f"{found.timing.speedup:.1f}x"
+            others = ", ".join(
+                f"{name} {_relative_error(load_model(path), Model(made.model), spec.name, x):.1e}"
+                for name, x in _others(rng, width)
+            )
+            print(
+                f"| {seed} | {budget:g} | {found.criterion} | {left:.3f} | {held} | {speed} | {others} |",
+                flush=True,
+            )
+
+
+def _others(rng: np.random.Generator, width: int) -> Iterator[tuple[str, Array]]:
+    """Fresh inputs: the calibration's distribution first."""
+    x = rng.standard_normal((TEST, width))
+    mixing = rng.standard_normal((width, width)) / np.sqrt(width)
+    for name, values in {
+        "normal": x,
+        "half as large": x / 2,
+        "twice as large": 2 * x,
+        "shifted by 1": x + 1,
+        "uniform": rng.uniform(-(3**0.5), 3**0.5, x.shape),
+        "heavy tails (t, 3 degrees)": rng.standard_t(3, x.shape) / 3**0.5,
+        "correlated": x @ mixing,
+    }.items():
+        yield name, values.astype(np.float32)
+
+
+def _relative_error(before: Model, after: Model, name: str, x: Array) -> float:
+    """Largest relative L2 error of an output."""
+    first, second = (open_model(m, Provider.CPU).run({name: x}) for m in (before, after))
+    return max(
+        float(np.linalg.norm(second[k] - first[k]) / np.linalg.norm(first[k])) for k in first
+    )
+
+
+def report_multitask(seeds: int) -> None:
+    """Every task's test accuracy by the seed of the split; the test samples are no calibration samples."""
+    path = MODELS / "multitask_dense.onnx"
+    print(
+        "| seed | chosen | substructures | weights left | claim B | speed-up at batch 256 | test accuracy |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    print(f"| original | | | 1 | | | {_accuracies(load_model(path))} |")
+    for seed in range(seeds):
+        options = Options(
+            calibration=MODELS / "multitask_dense_calibration.npz",
+            metric="models.metrics:task_likelihood",
+            budget=0.02,
+            batch=(256,),
+            seed=seed,
+        )
+        made = rewrite(path, None, options)
+        found = made.report
+        held = "-" if found.annealing is None else f"{found.annealing.error:.4f}"
+        speed = "-" if found.timing is None else f"{found.timing.speedup:.1f}x"
+        left = found.summary.weights_after / found.summary.weights_before
+        print(
+            f"| {seed} | {found.criterion} | {found.summary.substructures} | {left:.3f} | {held} | {speed} "
+            f"| {_accuracies(Model(made.model))} |",
+            flush=True,
+        )
+
+
+def _accuracies(
+    model: Model, metric: Callable[[Any, Any], dict[str, float]] = task_accuracy
+) -> str:
+    with np.load(MODELS / "multitask_dense_inputs.npz") as arrays:
+        inputs = dict(arrays)
+    outputs = open_model(model, Provider.CPU).run({"input": inputs["input"]})
+    return " / ".join(f"{value:.4f}" for value in metric(inputs, outputs).values())
+
+
+def report_ablation(path: Path) -> None:
+    """Parts left out at one level, and fewer samples; errors on fresh normal inputs."""
+    model = load_model(path)
+    (spec,) = graph_inputs(model.proto)
+    width = int((spec.shape or (0, 0))[-1] or 0)
+    rng = np.random.default_rng(1)
+    given, fresh = (
+        rng.standard_normal((rows, width)).astype(np.float32) for rows in (CALIBRATION, TEST)
+    )
+    samples = samples_from_arrays({spec.name: given}, graph_inputs(model.proto))
+    context = _context(model, samples)
+    proposal = next(p for p in decayed_units(context) if p.name == LEVEL)
+    kept = sum(mask.sum() for mask in proposal.masks.values())
+    whole = sum(mask.size for mask in proposal.masks.values())
+    print(
+        f"{LEVEL}: {kept / whole:.3f} of the weights\n\n| what | error on {TEST} fresh inputs |\n|---|---|"
+    )
+    for name, changed in _variants(context):
+        after = annealed_by(context.study, refitted(changed, proposal))
+        print(f"| {name} | {_relative_error(model, after, spec.name, fresh):.1e} |", flush=True)
+    for rows in SIZES:
+        fewer = _context(model, samples.take(np.arange(rows)))
+        after = annealed_by(context.study, refitted(fewer, proposal))
+        refusal = "; refused" if fewer.too_few() else ""
+        error = _relative_error(model, after, spec.name, fresh)
+        print(f"| {rows} samples in all{refusal} | {error:.1e} |", flush=True)
+
+
+def report_multitask_ablation() -> None:
+    """Parts left out at the full width of four groups; accuracy on the test samples."""
+    model = load_model(MODELS / "multitask_dense.onnx")
+    samples = load_inputs(MODELS / "multitask_dense_calibration.npz", graph_inputs(model.proto))
+    context = _context(model, samples)
+    proposal = _groups(context)
+    print("| what | test accuracy | log-likelihood |\n|---|---|---|")
+    print(f"| original | {_accuracies(model)} | {_accuracies(model, task_likelihood)} |")
+    alike = dataclasses.replace(proposal, focus=None)
+    dealt = {
+        "hidden units to groups at random": _random_groups(alike, np.random.default_rng(0)),
+        "inputs to groups at random too": _random_groups(
+            alike, np.random.default_rng(0), inputs=True
+        ),
+    }
+    for name, changed in _variants(context):
+        print(f"| {name} | {_refitted_accuracies(changed, proposal)} |", flush=True)
+    print(f"| all rows alike | {_refitted_accuracies(context, alike)} |", flush=True)
+    plain = dataclasses.replace(context, neighbours=False)
+    print(f"| without neighbours | {_refitted_accuracies(plain, proposal)} |", flush=True)
+    for name, random in dealt.items():
+        print(
+            f"| all rows alike, {name} | {_refitted_accuracies(context, random)} |", flush=True
+        )
+    for rows in (400, 300, 200, 150, 100, 70):
+        chosen = np.sort(np.random.default_rng(0).permutation(samples.count)[:rows])
+        fewer = _context(model, samples.take(chosen))
+        told = _refitted_accuracies(fewer, proposal)
+        refusal = "; refused" if fewer.too_few() else ""
+        try:
+            found = _groups(fewer).focus
+            groups = 0 if found is None else found.count
+        except StopIteration:
+            groups = 0
+        print(
+            f"| {rows} samples in all, {groups or 'not 4'} groups found in them{refusal} | {told} |",
+            flush=True,
+        )
+
+
+def _groups(context: CalibrationContext) -> Proposal:
+    return next(p for p in supported_groups(context) if p.name == GROUPS)
+
+
+def _random_groups(
+    proposal: Proposal, rng: np.random.Generator, *, inputs: bool = False
+) -> Proposal:
+    """The same numbers of units in each group, other ones: hidden units are dealt anew, and the inputs where asked."""
+    masks: dict[str, Any] = {}
+    first, *_, last = proposal.masks
+    order = np.arange(proposal.masks[first].shape[0])
+    order = rng.permutation(order) if inputs else order
+    for name, mask in proposal.masks.items():
+        units = np.arange(mask.shape[1])
+        columns = units if name == last else rng.permutation(units)
+        masks[name], order = mask[np.ix_(order, columns)], columns
+    return dataclasses.replace(proposal, masks=masks, focus=None)
+
+
+def _refitted_accuracies(context: CalibrationContext, proposal: Proposal) -> str:
+    after = annealed_by(context.study, refitted(context, proposal))
+    return f"{_accuracies(after)} | {_accuracies(after, task_likelihood)}"
+
+
+def _variants(context: CalibrationContext) -> Iterator[tuple[str, CalibrationContext]]:
+    yield "all of it", context
+    yield "without sequential update", dataclasses.replace(context, sequential=False)
+    yield "means alone", dataclasses.replace(context, compensation="mean")
+    yield "without refit", dataclasses.replace(context, compensation="none")
+
+
+def _context(model: Model, samples: Samples) -> CalibrationContext:
+    return CalibrationContext(study_model(model), split_samples(samples, 0), Provider.CPU)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "question", choices=["deephme", "multitask", "ablate", "ablate-multitask"]
+    )
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--seeds", type=int, default=1)
+    options = parser.parse_args()
+    if options.question == "deephme":
+        report_deephme(options.model, options.seeds)
+    elif options.question == "multitask":
+        report_multitask(options.seeds)
+    elif options.question == "ablate":
+        report_ablation(options.model)
+    else:
+        report_multitask_ablation()
+
+
+if __name__ == "__main__":
+    _main()
