@@ -195,8 +195,11 @@ class _Builder:
         """All nodes in one branch of an If; the other makes twice as much of what that one does."""
         graph = model.graph
         branches = []
+        own = list(graph.initializer) if self._chance(0.5) else []  # tensors stored in the body
         for label in ("then", "else"):
             names = {name: f"{label}_{name}" for node in graph.node for name in node.output}
+            if label == "then":
+                names |= {tensor.name: f"own_{tensor.name}" for tensor in own}
             made = [_renamed(value, names) for value in graph.output]
             nodes = [_renamed(node, names) for node in graph.node]
             if label == "else":
@@ -206,8 +209,8 @@ class _Builder:
                     )
                     value.name += "_2"
             branches.append(helper.make_graph(nodes, label, [], made))
-        if self._chance(0.5):  # with tensors of its own
-            branches[0].initializer.extend(_renamed(t, {}) for t in graph.initializer)
+        stored = {tensor.name: f"own_{tensor.name}" for tensor in own}
+        branches[0].initializer.extend(_renamed(tensor, stored) for tensor in own)
         graph.input.append(helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
         node = helper.make_node(
             "If",
