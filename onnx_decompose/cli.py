@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
@@ -424,6 +426,7 @@ def demo(models: Path, output: Path, console: Console) -> None:
 def main() -> None:
     """Entry point: errors are one line on stderr, and decide the exit code."""
     try:
+        _end_when_asked()
         cli(standalone_mode=False, prog_name="onnx-decompose")
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
@@ -442,6 +445,12 @@ def main() -> None:
             "with the traceback",
             1,
         )
+
+
+def _end_when_asked() -> None:
+    """Take a request to end, as of a job scheduler, like Ctrl-C: what is half done goes first."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _fail(message: str, code: int) -> None:

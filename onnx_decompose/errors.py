@@ -31,9 +31,18 @@ __all__ = [
 
 
 class DecomposeError(Exception):
-    """Base class; ``exit_code`` is what the command line returns for it."""
+    """Base class; ``exit_code`` is what the command line returns for it.
+
+    Names come from files that anyone may have made: line breaks and control characters do not get into a message.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        line = " ".join(message.split())
+        super().__init__(
+            "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        )
 
 
 class InputError(DecomposeError):

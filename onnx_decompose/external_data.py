@@ -18,6 +18,7 @@ __all__ = [
     "external_tensors",
     "inline_bytes",
     "outside_bytes",
+    "rename",
     "set_entry",
     "without_weights",
 ]
@@ -65,6 +66,13 @@ def set_entry(tensor: onnx.TensorProto, location: str, offset: int, length: int)
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
+
+
+def rename(tensor: onnx.TensorProto, location: str) -> None:
+    """Say that the file that holds an external tensor has another name."""
+    for entry in tensor.external_data:
+        if entry.key == "location":
+            entry.value = location
 
 
 def inline_bytes(proto: onnx.ModelProto) -> int:

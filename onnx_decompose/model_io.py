@@ -11,6 +11,7 @@ import filecmp
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,8 +28,14 @@ from onnx_decompose.external_data import (
     DataWriter,
     extent,
     external_tensors,
+    rename,
     without_weights,
 )
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # asked for None before it is used
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -161,27 +168,32 @@ def save_model(
         proto: the model to write.
         path: where to.
         data_from: the model whose external files ``proto`` refers to.
-        kept: files that no data file may take the place of, besides those of ``data_from``.
+        kept: files that stay, besides those of ``data_from``, even if what was at ``path`` alone refers to them.
     """
-    written = proto
-    if next(external_tensors(data_from.proto), None) is not None:
-        written, new = without_weights(
-            proto, {t.name for t in data_from.proto.graph.initializer}
-        )
-        locations = _locations(written)
-        taken = {
-            location
-            for location in locations
-            if _goes_whole(location, written, path, data_from)
-        }
-        _copy_external(taken, path, data_from)
-        moved = [
-            t for t in external_tensors(written) if ExternalDataInfo(t).location not in taken
-        ]
-        if new or moved:
-            _write_data(new, moved, path, data_from, kept)
-    with writing(path) as temporary:
-        temporary.write_bytes(written.SerializeToString())
+    with _alone_in(path.parent), _all_or_none() as made:
+        superseded = _own_data(path) - _resolved([*external_files(data_from), *kept])
+        written = proto
+        if next(external_tensors(data_from.proto), None) is not None:
+            written, new = without_weights(
+                proto, {t.name for t in data_from.proto.graph.initializer}
+            )
+            locations = _locations(written)
+            taken = {
+                location
+                for location in locations
+                if _goes_whole(location, written, path, data_from)
+            }
+            made.extend(_copy_external(taken, path, data_from))
+            moved = [
+                t
+                for t in external_tensors(written)
+                if ExternalDataInfo(t).location not in taken
+            ]
+            if new or moved:
+                made.extend(_write_data(new, moved, path, data_from))
+        with writing(path) as temporary:
+            temporary.write_bytes(written.SerializeToString())
+        _remove(superseded, written, path)
 
 
 def _goes_whole(location: str, proto: onnx.ModelProto, path: Path, data_from: Model) -> bool:
@@ -211,29 +223,91 @@ def _write_data(
     moved: Sequence[onnx.TensorProto],
     path: Path,
     data_from: Model,
-    kept: Iterable[Path],
-) -> None:
-    """Stream tensors into a data file of the new model's own."""
-    target = path.with_name(f"{path.name}.data")
-    used = {file.resolve() for file in (*external_files(data_from), *kept)}
-    number = 1
-    while target.resolve() in used:
-        target = path.with_name(f"{path.name}.{number}.data")
-        number += 1
-    with writing(target) as temporary, temporary.open("wb") as stream:
-        data = DataWriter(stream, target.name)
-        for tensor in moved:
-            data.append(tensor, external_bytes(data_from, tensor).data)
-        for tensor, source in new:
-            data.append(tensor, memoryview(source.raw_data))
+) -> list[Path]:
+    """Stream tensors into a data file of the new model's own.
+
+    What is there already stays as it is, since a model may refer to it: the one of an earlier run does, until this
+    one is whole.
+
+    Returns:
+        The file; none where one with that content is there.
+    """
+    with _temporary_beside(path) as temporary:
+        with temporary.open("wb") as stream:
+            data = DataWriter(stream, path.name)
+            for tensor in moved:
+                data.append(tensor, external_bytes(data_from, tensor).data)
+            for tensor, source in new:
+                data.append(tensor, memoryview(source.raw_data))
+        number = 0
+        target = path.with_name(f"{path.name}.data")
+        while target.exists() and not filecmp.cmp(temporary, target, False):
+            number += 1
+            target = path.with_name(f"{path.name}.{number}.data")
+        for tensor in (*moved, *(tensor for tensor, _ in new)):
+            rename(tensor, target.name)
+        if target.exists():
+            return []
+        _put(temporary, target)
+        return [target]
+
+
+def _own_data(path: Path) -> set[Path]:
+    """The data files that :func:`save_model` made for the model that is at ``path``."""
+    try:
+        proto = onnx.ModelProto.FromString(path.read_bytes())
+        locations = _locations(proto)
+    except (OSError, DecodeError, ValueError, TypeError):
+        return set()
+    pattern = re.compile(re.escape(path.name) + r"(\.[1-9]\d*)?\.data")
+    return _resolved(path.parent / found for found in locations if pattern.fullmatch(found))
+
+
+def _remove(superseded: set[Path], proto: onnx.ModelProto, path: Path) -> None:
+    """Remove the data of the model that was at ``path`` before ``proto``, which no longer has a reader."""
+    in_use = _resolved(path.parent / location for location in _locations(proto))
+    for file in superseded - in_use:
+        with contextlib.suppress(OSError):  # the new model is whole without that
+            file.unlink()
+
+
+def _resolved(paths: Iterable[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[list[Path]]:
+    """Collects files that were made; they go again where the block ends with an error."""
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        for file in made:
+            file.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let one process at a time put a model and its data into a folder, where the system has locks for that."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # not every file system locks folders
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def copy_model(model: Model, path: Path) -> None:
     """Write the bytes of the file that ``model`` came from, and its external data, to ``path``."""
     assert model.path is not None
-    _copy_external(_locations(model.proto), path, model)
-    with writing(path) as temporary:
-        shutil.copyfile(model.path, temporary)
+    with _alone_in(path.parent), _all_or_none() as made:
+        superseded = _own_data(path) - _resolved(external_files(model))
+        made.extend(_copy_external(_locations(model.proto), path, model))
+        with writing(path) as temporary:
+            shutil.copyfile(model.path, temporary)
+        _remove(superseded, model.proto, path)
 
 
 @contextlib.contextmanager
@@ -243,6 +317,18 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder is missing or cannot be written.
     """
+    with _temporary_beside(path) as temporary:
+        yield temporary
+        _put(temporary, path)
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A temporary file in the folder of ``path``, gone at the end unless it was put in its place.
+
+    Raises:
+        OutputError: as ``writing``.
+    """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
@@ -251,15 +337,19 @@ def writing(path: Path) -> Iterator[Path]:
             # mkstemp is private to its owner; an output should get what any new file gets.
             temporary.chmod(0o666 & ~_umask())
             yield temporary
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error}); choose another path"
         ) from error
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Move a file that is whole to its place."""
+    with temporary.open("rb+") as written:
+        os.fsync(written.fileno())
+    temporary.replace(path)
 
 
 def external_files(model: Model) -> set[Path]:
@@ -357,6 +447,10 @@ def _check_order(model: Model, initializers: set[str]) -> None:
 
 def _check_size(model: Model, tensor: onnx.TensorProto) -> None:
     """Declared and stored bytes must agree before anything is allocated from the declared shape."""
+    if any(size < 0 for size in tensor.dims):
+        raise ModelError(
+            f"{model.label}: tensor '{tensor.name}' declares shape {list(tensor.dims)}; export the model again"
+        )
     if tensor.data_type == onnx.TensorProto.STRING or not tensor.HasField("raw_data"):
         return
     try:
@@ -432,8 +526,9 @@ def _locations(proto: onnx.ModelProto) -> set[str]:
     return {ExternalDataInfo(tensor).location for tensor in external_tensors(proto)}
 
 
-def _copy_external(locations: set[str], path: Path, data_from: Model) -> None:
-    """Copy external data files beside ``path``, each whole or not at all."""
+def _copy_external(locations: set[str], path: Path, data_from: Model) -> list[Path]:
+    """Copy external data files beside ``path``, each whole or not at all; the new ones are returned."""
+    made: list[Path] = []
     for location in sorted(locations):
         assert data_from.folder is not None
         source, target = data_from.folder / location, path.parent / location
@@ -449,6 +544,8 @@ def _copy_external(locations: set[str], path: Path, data_from: Model) -> None:
             raise OutputError(f"{target.parent}: cannot be made ({error.strerror})") from error
         with writing(target) as temporary:
             shutil.copyfile(source, temporary)
+        made.append(target)
+    return made
 
 
 def _one_line(error: Exception) -> str:

@@ -98,7 +98,20 @@ def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
                     tensor.name, tensor.data_type, list(tensor.dims)
                 )
             )
+    _forget_negative_sizes(graph)
     return declared
+
+
+def _forget_negative_sizes(graph: onnx.GraphProto) -> None:
+    """Leave out sizes below zero, as some exporters write for unknown ones: on them inference may end the process."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                dim.Clear()
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _forget_negative_sizes(inner)
 
 
 def opset_of(proto: onnx.ModelProto) -> int:

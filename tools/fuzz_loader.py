@@ -75,21 +75,27 @@ class Target:
         """Read ``content``, and keep it where that leads to what it should not."""
         self._model.write_bytes(content)
         self._opened.clear()
+        caught: Exception | None = None
         self._watching = True
         try:
             self._read()
-        except InputError as error:
+        except Exception as error:
+            caught = error
+        self._watching = False
+        self._judge(content, caught)
+
+    def _judge(self, content: bytes, error: Exception | None) -> None:
+        """Keep ``content`` unless what came of it is a refusal in a line, or nothing."""
+        if isinstance(error, InputError):
             if "\n" in str(error):
                 self._keep(content, "more than a line", str(error))
-        except Exception as error:  # whatever it is: it should have been an InputError
+        elif error is not None:
             places = traceback.extract_tb(error.__traceback__)
             own = [
                 p for p in places if {"onnx_decompose", "passes"} & set(Path(p.filename).parts)
             ]
             where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
             self._keep(content, f"{type(error).__name__} at {where}", str(error))
-        finally:
-            self._watching = False
         for path in self._opened:
             if not self._is_inside(path):
                 self._keep(content, "a file outside the folder", path)

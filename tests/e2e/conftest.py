@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import signal
 import sys
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,6 +48,7 @@ def command(
     """The command line as its entry point runs it, without a process of its own."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    asked_to_end = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["onnx-decompose", *map(str, arguments)])
@@ -63,6 +65,7 @@ def command(
     yield run
     root.handlers[:] = handlers
     root.setLevel(level)
+    signal.signal(signal.SIGTERM, asked_to_end)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,9 +21,6 @@ from onnx_decompose.model_io import (
     save_model,
     writing,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -299,3 +297,79 @@ class TestSaving:
         for name in ("a.onnx", "b.onnx"):
             save_model(proto, tmp_path / name, data_from=Model(proto))
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+class TestTheOutputIsWhole:
+    """A model and its data at any moment: killed in between, or without space for the rest."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Model:
+        (tmp_path / "in").mkdir()
+        tensor = external("in.data", (32, 32))
+        return load_model(stored(tmp_path / "in", tensor, {"in.data": bytes(4096)}))
+
+    @staticmethod
+    def weighted(source: Model, number: float) -> onnx.ModelProto:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(source.proto)
+        values = np.full((32, 32), number, np.float32)
+        proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "new"))
+        proto.graph.node[0].input[1] = "new"
+        return proto
+
+    @staticmethod
+    def held(path: Path) -> float:
+        model = load_model(path)
+        return float(read_tensor(model, model.proto.graph.initializer[0])[0, 0])
+
+    def test_data_of_an_earlier_output_stays_until_the_new_model_is_there(
+        self, source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        output = tmp_path / "out.onnx"
+        save_model(self.weighted(source, 1), output, data_from=source)
+        earlier = (tmp_path / "out.onnx").read_bytes()
+        seen: list[float] = []
+
+        def replace(temporary: Path, path: Path) -> None:
+            if path == output:  # what a run that is killed here leaves
+                assert output.read_bytes() == earlier
+                seen.append(self.held(output))
+            os.replace(temporary, path)
+
+        monkeypatch.setattr(Path, "replace", replace)
+        save_model(self.weighted(source, 2), output, data_from=source)
+        assert seen == [1]
+        assert self.held(output) == 2
+        assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == [
+            "out.onnx",
+            "out.onnx.1.data",
+        ]
+
+    def test_the_same_again_changes_nothing(self, source: Model, tmp_path: Path) -> None:
+        for _ in range(2):
+            save_model(self.weighted(source, 1), tmp_path / "out.onnx", data_from=source)
+        assert {file.name for file in tmp_path.iterdir()} == {
+            "in",
+            "out.onnx",
+            "out.onnx.data",
+        }
+
+    def test_without_space_for_the_model_its_data_goes_too(
+        self, source: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OutputError, match=r"out.onnx: cannot be written \(No space left"):
+            save_model(self.weighted(source, 1), tmp_path / "out.onnx", data_from=source)
+        assert [file.name for file in tmp_path.iterdir()] == ["in"]
+
+    def test_data_that_another_model_may_read_is_never_replaced(
+        self, source: Model, tmp_path: Path
+    ) -> None:
+        save_model(self.weighted(source, 1), tmp_path / "out.onnx", data_from=source)
+        (tmp_path / "out.onnx").rename(tmp_path / "kept.onnx")
+        save_model(self.weighted(source, 2), tmp_path / "out.onnx", data_from=source)
+        assert self.held(tmp_path / "kept.onnx") == 1
+        assert self.held(tmp_path / "out.onnx") == 2

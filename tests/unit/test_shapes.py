@@ -66,3 +66,13 @@ def test_the_skeleton_holds_no_large_initializer() -> None:
 )
 def test_version_of_the_standard_operator_set(opsets: str, version: int) -> None:
     assert opset_of(parse("g (float x) => (float y) { y = Abs(x) }", opsets)) == version
+
+
+def test_sizes_below_zero_are_unknown() -> None:
+    """Inference of onnx 1.23 aborts the process on the slice of such a shape."""
+    model = parse(
+        "g (float[N,3,5] x) => (int64[k] y) { y = Shape <start: int = 2, end: int = 3> (x) }",
+        {},
+    )
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -1
+    assert infer_shapes(model)["x"] == ("N", 3, None)
