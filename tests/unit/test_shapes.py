@@ -69,10 +69,7 @@ def test_version_of_the_standard_operator_set(opsets: str, version: int) -> None
 
 
 def test_sizes_below_zero_are_unknown() -> None:
-    """Inference of onnx 1.23 aborts the process on the slice of such a shape."""
-    model = parse(
-        "g (float[N,3,5] x) => (int64[k] y) { y = Shape <start: int = 2, end: int = 3> (x) }",
-        {},
-    )
+    """Inference of onnx 1.23 aborts the process on a slice of such a size."""
+    model = parse("g (float[N, 3, 5] x) => (int64[k] y) { y = Shape <start = 2, end = 3> (x) }")
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -1
     assert infer_shapes(model)["x"] == ("N", 3, None)
