@@ -185,7 +185,8 @@ def _without_locations(content: bytes) -> bytes:
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             entry.value = "" if entry.key == "location" else entry.value
-    return model.SerializeToString(deterministic=True)
+    stored: bytes = model.SerializeToString(deterministic=True)
+    return stored
 
 
 def main() -> None:
