@@ -14,6 +14,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from onnx_decompose.analysis.anneal import anneal
+from onnx_decompose.closing import restore
 from onnx_decompose.constants import Constants
 from onnx_decompose.copies import find_copies
 from onnx_decompose.cost import CPU, CostModel
@@ -121,20 +122,21 @@ def rewrite(
     after = rewriting(study.model)
     assert source.SerializeToString(deterministic=True) == before
     assert annealed.modified == after.modified == bool(chosen)
+    flat = study.model.proto  # what is inside of nodes stands before them, until it is put back
+    for proto, touched in (
+        (annealed.model.proto, _reweighted(flat.graph, weights)),
+        (after.model.proto, set(rewriting.touched(study.model))),
+    ):
+        check_rest(flat, proto, touched)
     result = Rewritten(
         source,
-        annealed.model.proto,
-        after.model.proto,
+        restore(study.flat, annealed.model).proto,
+        restore(study.flat, after.model).proto,
         plans,
         rewriting.record,
         rewriting.reordered,
     )
     check_record(result, weights)
-    for proto, touched in (
-        (result.annealed, _reweighted(source.graph, weights)),
-        (result.proto, set(rewriting.touched(study.model))),
-    ):
-        check_rest(source, proto, touched)
     return result
 
 
