@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING
 
 from onnx_decompose.bench import slowdown
 from onnx_decompose.decompose import absorbing
+from onnx_decompose.decompose_recurrent import recurrent_graph, with_plans
 from onnx_decompose.plan import candidate_plans
+from onnx_decompose.plan_recurrent import candidate_recurrent_plans
 from onnx_decompose.study import state_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from onnx_decompose.bench import Timing
     from onnx_decompose.cost import CostModel
     from onnx_decompose.decompose import Attempt
+    from onnx_decompose.decompose_recurrent import RecurrentAttempt
     from onnx_decompose.plan import RegionPlan
+    from onnx_decompose.plan_recurrent import RecurrentPlan
+    from onnx_decompose.recurrent import RecurrentSite
     from onnx_decompose.region_bench import RegionBench
     from onnx_decompose.regions import Region
     from onnx_decompose.state_graph import Emit
@@ -32,7 +38,7 @@ _MOST_CANDIDATES = 6
 
 
 def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -> Attempt:
-    """The attempt with every region rewritten in the way that is fastest over the batch sizes, or left dense.
+    """The attempt with every region and recurrent operator in the way that is fastest over the batch sizes, or dense.
 
     Args:
         tried: the attempt.
@@ -52,7 +58,44 @@ def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -
         if plan.decision == "shared":  # which is planned from the weight, not from the masks
             candidates = (plan, *candidates)
         plans.append((region, _fastest(region, plan, candidates, bench, emit)))
-    return absorbing(dataclasses.replace(tried, plans=tuple(plans)))
+    recurrent = _tuned_recurrent(tried, bench, cost, emit)
+    return absorbing(dataclasses.replace(tried, plans=tuple(plans), recurrent=recurrent))
+
+
+def _tuned_recurrent(
+    tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit
+) -> RecurrentAttempt:
+    """Every recurrent operator in the way that is fastest, or dense."""
+    masks = {name: selection.mask for name, selection in tried.selections.items()}
+    study = tried.study
+    plans: list[tuple[RecurrentSite, RecurrentPlan]] = []
+    for site, predicted in tried.recurrent.plans:
+        keeps = all(not (w.array[~masks[w.name]] != 0).any() for w in site.all_weights)
+        if predicted.decision == "dense" and not keeps:
+            plans.append((site, predicted))
+            continue
+        candidates = candidate_recurrent_plans(recurrent_graph(study, site, masks), cost, emit)
+        attempts = [with_plans(study, masks, ((site, plan),)) for plan in candidates]
+        timings = bench.time_recurrent(site, attempts) if attempts else None
+        chosen = predicted if timings is None else _of_timed(candidates, timings, emit)
+        logger.info("operator %s: %s: %s", site.name, chosen.decision, chosen.reason)
+        plans.append((site, chosen))
+    return with_plans(study, masks, plans)
+
+
+def _of_timed(
+    candidates: Sequence[RecurrentPlan], timings: Sequence[Timing], emit: Emit
+) -> RecurrentPlan:
+    """The fastest of the plans of a recurrent operator, left dense if that is slower and was not asked for."""
+    best = max(range(len(candidates)), key=lambda number: timings[number].speedup)
+    plan, timing = candidates[best], timings[best]
+    rank = f"the fastest of {len(candidates)} candidate{'s' if len(candidates) > 1 else ''}"
+    harm = slowdown(timing)
+    if harm is not None and emit not in {"split", "shrink"}:
+        reason = f"{plan.reason}; {rank}, timed alone, is {harm}"
+        return dataclasses.replace(plan, decision="dense", reason=reason)
+    reason = f"{plan.reason}; {rank}, {timing.speedup:.2f}x timed alone"
+    return dataclasses.replace(plan, reason=reason)
 
 
 def _fastest(

@@ -13,7 +13,7 @@ from onnx_decompose.plan_recurrent import RecurrentGraph, RecurrentPlan, plan_re
 from onnx_decompose.recurrent import steps_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     from numpy.typing import NDArray
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnx_decompose.state_graph import Emit
     from onnx_decompose.study import Study
 
-__all__ = ["RecurrentAttempt", "attempt_recurrent"]
+__all__ = ["RecurrentAttempt", "attempt_recurrent", "recurrent_graph", "with_plans"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +77,7 @@ class RecurrentAttempt:
         self, model: Model
     ) -> tuple[Model, dict[str, SiteBlocks], dict[str, SlicedConstant]]:
         """``model`` with every planned site as smaller operators, and where the parts of weights and biases are."""
-        rewriting = RewriteRecurrent(self.rewrites, self._annealed_weight)
+        rewriting = RewriteRecurrent(self.rewrites, self.annealed_weight)
         model = rewriting(model).model
         changed = self._changed()
         blocks = {
@@ -85,7 +85,7 @@ class RecurrentAttempt:
                 site=weight.name,
                 shape=weight.shape,
                 annealing="masked" if weight.name in changed else "exact",
-                sha256=digest(self._annealed_weight(weight)),
+                sha256=digest(self.annealed_weight(weight)),
                 blocks=rewriting.record[weight.name],
             )
             for site, _ in self.rewrites
@@ -93,13 +93,14 @@ class RecurrentAttempt:
         }
         return model, blocks, rewriting.constants
 
-    def _annealed_weight(self, weight: RecurrentWeight) -> NDArray[Any]:
+    def annealed_weight(self, weight: RecurrentWeight) -> NDArray[Any]:
+        """A weight without its unsupported entries, (K, gates * H)."""
         return anneal(self.study.weight(weight), self.masks[weight.name])
 
     def _changed(self) -> dict[str, NDArray[Any]]:
         """The weights of rewritten sites that annealing changes."""
         return {
-            weight.name: self._annealed_weight(weight)
+            weight.name: self.annealed_weight(weight)
             for site, _ in self.rewrites
             for weight in site.all_weights
             if (self.study.weight(weight)[~self.masks[weight.name]] != 0).any()
@@ -117,24 +118,41 @@ def attempt_recurrent(
         cost: the provider's coefficients.
         emit: as of :func:`plan_recurrent`.
     """
-    plans: list[tuple[RecurrentSite, RecurrentPlan]] = []
+    plans = [
+        (site, plan_recurrent(recurrent_graph(study, site, masks), cost, emit))
+        for site in study.recurrent
+    ]
+    return with_plans(study, masks, plans)
+
+
+def recurrent_graph(
+    study: Study, site: RecurrentSite, masks: Mapping[str, NDArray[np.bool_]]
+) -> RecurrentGraph:
+    """The state graphs of a site; ``masks`` as of :func:`attempt_recurrent`."""
+    graphs = tuple(
+        unit_graph(masks[w.name], masks[r.name], site.cell, cascade=cascade)
+        for (w, r), cascade in zip(site.weights, site.cascade, strict=True)
+    )
+    return RecurrentGraph(
+        graphs,
+        steps=steps_of(site, study.shapes),
+        whole_output=bool(site.outputs[0]),
+        itemsize=study.weight(site.all_weights[0]).itemsize,
+    )
+
+
+def with_plans(
+    study: Study,
+    masks: Mapping[str, NDArray[np.bool_]],
+    plans: Iterable[tuple[RecurrentSite, RecurrentPlan]],
+) -> RecurrentAttempt:
+    """An attempt with these plans: entries that the operators have room for stay."""
+    chosen = tuple(plans)
     kept = dict(masks)
-    for site in study.recurrent:
-        graphs = tuple(
-            unit_graph(masks[w.name], masks[r.name], site.cell, cascade=cascade)
-            for (w, r), cascade in zip(site.weights, site.cascade, strict=True)
-        )
-        graph = RecurrentGraph(
-            graphs,
-            steps=steps_of(site, study.shapes),
-            whole_output=bool(site.outputs[0]),
-            itemsize=study.weight(site.all_weights[0]).itemsize,
-        )
-        plan = plan_recurrent(graph, cost, emit)
-        plans.append((site, plan))
+    for site, plan in chosen:
         if plan.decision != "dense":
             kept |= _filled(site, plan, masks)
-    return RecurrentAttempt(study, kept, tuple(plans))
+    return RecurrentAttempt(study, kept, chosen)
 
 
 def _filled(

@@ -8,11 +8,12 @@ Dynamic programming finds the cheapest cut.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from onnx_decompose.analysis.recurrence import atoms_in_order
+from onnx_decompose.analysis.recurrence import atoms_in_order, parts_in_order
 from onnx_decompose.region_cost import WORTH, relative_cost
 
 if TYPE_CHECKING:
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
     BoolArray = NDArray[np.bool_]
     IntArray = NDArray[np.intp]
 
-__all__ = ["Cell", "DirectionPlan", "RecurrentGraph", "RecurrentPlan", "plan_recurrent"]
+__all__ = [
+    "Cell",
+    "DirectionPlan",
+    "RecurrentGraph",
+    "RecurrentPlan",
+    "candidate_recurrent_plans",
+    "plan_recurrent",
+]
 
 _MOST_CELLS = 64
 """About how many runs are compared by cost: more never pay for their operators, and atoms may be thousands."""
@@ -166,7 +174,77 @@ def plan_recurrent(
     return dataclasses.replace(
         plan,
         decision="split" if count > len(directions) else "shrink",
-        reason=f"{found}; {count} operator{'s' if count > 1 else ''}, {predicted}",
+        reason=_predicted(found, count, relative),
+    )
+
+
+def candidate_recurrent_plans(
+    graph: RecurrentGraph, cost: CostModel, emit: Emit = "auto"
+) -> tuple[RecurrentPlan, ...]:
+    """Ways of writing a recurrent site that are worth being timed, none of them dense, the cheapest first.
+
+    One operator per atom (in cascade where they read each other), one per set of units that no edge joins to others
+    (all of them in parallel), the cut that is predicted to be the cheapest, and one operator per direction without
+    the inputs that nothing reads. Arguments as of :func:`plan_recurrent`.
+    """
+    ways = {"split": ("atoms",), "shrink": ("whole",)}.get(
+        emit, ("atoms", "apart", "cheapest", "whole")
+    )
+    found: list[RecurrentPlan] = []
+    seen: set[tuple[tuple[bytes, ...], ...]] = set()
+    for way in ways:
+        plan = _cut_by(graph, cost, way, narrow=emit in {"split", "shrink"})
+        cuts = tuple(
+            tuple(part.tobytes() for c in d.cells for part in (c.units, c.inputs))
+            for d in plan.directions
+        )
+        if plan.decision != "dense" and cuts not in seen:
+            seen.add(cuts)
+            found.append(plan)
+    return tuple(sorted(found, key=lambda plan: plan.relative_cost))
+
+
+def _cut_by(graph: RecurrentGraph, cost: CostModel, way: str, *, narrow: bool) -> RecurrentPlan:
+    """Every direction cut in one way; dense where that changes nothing, or makes more operators than ever pay."""
+    directions: list[DirectionPlan] = []
+    before = after = np.zeros(len(cost.batches))
+    for units in graph.directions:
+        pricing = _Pricing(units, graph, cost, narrow=narrow)
+        order = atoms_in_order(units)
+        atoms = [pricing.run(atom) for atom in order]
+        if way == "atoms":
+            runs = atoms
+        elif way == "apart":
+            runs = [_joined(atoms[a:b]) for a, b in itertools.pairwise(parts_in_order(units))]
+        elif way == "cheapest":
+            most = max(pricing.hidden // _MOST_CELLS, 1)
+            runs = pricing.cheapest_cut(_chunks(atoms, most=most))
+        else:
+            runs = [_joined(atoms)]
+        cells = pricing.cells(runs)
+        before, after = before + pricing.dense, after + pricing.total(cells)
+        directions.append(DirectionPlan(units.condensation(), len(order), cells))
+    count = sum(len(direction.cells) for direction in directions)
+    is_dense = all(
+        _is_dense(units, direction.cells)
+        for units, direction in zip(graph.directions, directions, strict=True)
+    )
+    found = "; ".join(map(_found, graph.directions, directions))
+    relative = relative_cost(after, before)
+    plan = RecurrentPlan("dense", found, tuple(directions), relative)
+    if is_dense or count > _MOST_CELLS * len(directions):
+        return plan
+    return dataclasses.replace(
+        plan,
+        decision="split" if count > len(directions) else "shrink",
+        reason=_predicted(found, count, relative),
+    )
+
+
+def _predicted(found: str, count: int, relative: float) -> str:
+    return (
+        f"{found}; {count} operator{'s' if count > 1 else ''}, "
+        f"predicted to take {relative:.2f} of the time"
     )
 
 

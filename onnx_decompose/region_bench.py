@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from onnx_decompose.bench import BenchSettings, bench_candidates, timing_feeds
 from onnx_decompose.cases import open_model
 from onnx_decompose.errors import DecomposeError
+from onnx_decompose.passes.recurrent import RewriteRecurrent
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.region_model import RegionModels
 from onnx_decompose.renumbering import choose_numbering
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from onnx_decompose.bench import Timing
+    from onnx_decompose.decompose_recurrent import RecurrentAttempt
     from onnx_decompose.model_io import Model
     from onnx_decompose.plan import RegionPlan
+    from onnx_decompose.recurrent import RecurrentSite
     from onnx_decompose.regions import Region
     from onnx_decompose.sessions import Provider
     from onnx_decompose.study import Study
@@ -68,15 +71,29 @@ class RegionBench:
             logger.info("region %s is not timed alone: %s", region.name, error)
             return None
 
+    def time_recurrent(
+        self, site: RecurrentSite, attempts: Sequence[RecurrentAttempt]
+    ) -> tuple[Timing, ...] | None:
+        """The same for ways of writing a recurrent operator: one for each of the attempts."""
+        try:
+            small, inner = self._models.extract_operator(site)
+            return self._compare(
+                small, [self._smaller(small, site, inner, tried) for tried in attempts]
+            )
+        except DecomposeError as error:
+            logger.info("operator %s is not timed alone: %s", site.name, error)
+            return None
+
     def _time(self, region: Region, plans: Sequence[RegionPlan]) -> tuple[Timing, ...]:
         small, inner = self._models.extract(region)
+        return self._compare(small, [self._written(small, inner, plan) for plan in plans])
+
+    def _compare(self, small: Model, written: Sequence[Model]) -> tuple[Timing, ...]:
         timings = bench_candidates(
             open_model(small, self._provider, fast=True),
             {
-                str(number): open_model(
-                    self._written(small, inner, plan), self._provider, fast=True
-                )
-                for number, plan in enumerate(plans)
+                str(number): open_model(model, self._provider, fast=True)
+                for number, model in enumerate(written)
             },
             feeds_by_batch=timing_feeds(
                 graph_inputs(small.proto), self._batches, rng=self._rng
@@ -86,6 +103,17 @@ class RegionBench:
             settings=self._settings,
         )
         return tuple(timings.values())
+
+    def _smaller(
+        self, small: Model, site: RecurrentSite, inner: RecurrentSite, tried: RecurrentAttempt
+    ) -> Model:
+        """The operator as an attempt has it; ``inner`` is the site in the model ``small``."""
+        (plan,) = (plan for planned, plan in tried.plans if planned is site)
+        whole = dict(zip((w.name for w in inner.all_weights), site.all_weights, strict=True))
+        write = RewriteRecurrent(
+            ((inner, plan),), lambda weight: tried.annealed_weight(whole[weight.name])
+        )
+        return write(small).model
 
     def _written(self, small: Model, region: Region, plan: RegionPlan) -> Model:
         """The region as the plan has it, its border's free spaces renumbered as they would be in the model."""

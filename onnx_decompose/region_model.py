@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 import onnx
 from onnx import helper, numpy_helper
 
+from onnx_decompose.constants import Constants
 from onnx_decompose.errors import ModelError
 from onnx_decompose.model_io import Model
+from onnx_decompose.rearranged import Rearranged
+from onnx_decompose.recurrent import find_recurrent
 from onnx_decompose.shapes import infer_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from onnx_decompose.recurrent import RecurrentSite
     from onnx_decompose.regions import Region
     from onnx_decompose.study import Study
 
@@ -66,6 +70,47 @@ class RegionModels:
             graph=graph,
         )
         return Model(small, None), _relocated(region, indices)
+
+    def extract_operator(self, site: RecurrentSite) -> tuple[Model, RecurrentSite]:
+        """A recurrent operator with its weights as a model, and the site inside that model.
+
+        Raises:
+            ModelError: the type of a value is not known, or the lengths of sequences come from outside: what is made up
+                for them need not be lengths.
+        """
+        label, proto = self._study.model.label, self._study.model.proto
+        node = proto.graph.node[site.find(proto.graph)]
+        known = Rearranged(self._study.model, self._study.constants)
+        read = list(dict.fromkeys(filter(None, node.input)))
+        outside = [name for name in read if name not in known]
+        if site.operands.get("sequence_lens") in outside:
+            raise ModelError(
+                f"{label}: operator '{site.name}': its sequence lengths are not known"
+            )
+        for name in (*outside, *filter(None, site.outputs)):
+            if name not in self._values:
+                raise ModelError(
+                    f"{label}: operator '{site.name}': the type of '{name}' is not known"
+                )
+        graph = helper.make_graph(
+            [node],
+            site.name,
+            [self._values[name] for name in outside],
+            [self._values[name] for name in site.outputs if name],
+            [
+                numpy_helper.from_array(known.array(name), name)
+                for name in read
+                if name in known
+            ],
+        )
+        small = Model(
+            onnx.ModelProto(
+                ir_version=proto.ir_version, opset_import=proto.opset_import, graph=graph
+            ),
+            None,
+        )
+        (inner,), _ = find_recurrent(small, Constants(small))
+        return small, inner
 
     def _with_weights(self, region: Region) -> list[int]:
         """The region's nodes, and those that make weights of integers."""

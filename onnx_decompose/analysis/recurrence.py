@@ -51,6 +51,7 @@ __all__ = [
     "UnitGraph",
     "atoms_in_order",
     "carried_columns",
+    "parts_in_order",
     "unit_columns",
     "unit_edges",
     "unit_graph",
@@ -149,6 +150,18 @@ def atoms_in_order(graph: UnitGraph) -> list[IntArray]:
     of_atom = labels[first]
     order = np.lexsort((first, atoms.layer, of_atom, size[of_atom]))
     return [np.flatnonzero(atoms.labels == atom) for atom in order]
+
+
+def parts_in_order(graph: UnitGraph) -> list[int]:
+    """Where sets of atoms that no edge joins to others begin in :func:`atoms_in_order`, and its length."""
+    component = state_components([graph.hidden], [Edge(0, 0, graph.edges)]).labels[0]
+    labels = [int(component[atom[0]]) for atom in atoms_in_order(graph)]
+    starts = [
+        number
+        for number, label in enumerate(labels)
+        if number == 0 or label != labels[number - 1]
+    ]
+    return [*starts, len(labels)]
 
 
 def _by_gate(mask: BoolArray, gates: int) -> BoolArray:

@@ -21,6 +21,7 @@ from onnx_decompose.plan import candidate_plans
 from onnx_decompose.sessions import Provider
 from onnx_decompose.study import state_graph, study_model
 from tests.e2e.planted import Recipe, dense_ffn, plant
+from tests.passes import recurrent_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     import onnx
 
     from onnx_decompose.cost import CostModel
+    from onnx_decompose.decompose_recurrent import RecurrentAttempt
     from onnx_decompose.plan import RegionPlan
+    from onnx_decompose.recurrent import RecurrentSite
     from onnx_decompose.regions import Region
     from onnx_decompose.state_graph import Emit
 
@@ -44,13 +47,21 @@ def timing(speedup: float) -> Timing:
 class Times:
     """Stands in for a RegionBench: a plan takes what ``speedup`` says."""
 
-    def __init__(self, speedup: Callable[[Region, RegionPlan], float | None]) -> None:
+    def __init__(self, speedup: Callable[[Any, Any], float | None]) -> None:
         self.speedup = speedup
         self.timed: list[tuple[str, int]] = []
 
     def time(self, region: Region, plans: Sequence[RegionPlan]) -> tuple[Timing, ...] | None:
         self.timed.append((region.name, len(plans)))
         found = [self.speedup(region, plan) for plan in plans]
+        return None if None in found else tuple(timing(value) for value in found if value)
+
+    def time_recurrent(
+        self, site: RecurrentSite, attempts: Sequence[RecurrentAttempt]
+    ) -> tuple[Timing, ...] | None:
+        plans = [dict(entry.plans)[site] for entry in attempts]
+        self.timed.append((site.name, len(plans)))
+        found = [self.speedup(site, plan) for plan in plans]
         return None if None in found else tuple(timing(value) for value in found if value)
 
 
@@ -190,3 +201,47 @@ class TestDoNoHarm:
         assert few.seconds == 0.25
         assert many.seconds == pytest.approx(30 / 600)
         assert many.max_seconds == 2 * many.seconds
+
+
+class TestRecurrent:
+    """Three groups in cascade, which prediction leaves in one operator."""
+
+    @pytest.fixture
+    def asked(self, rng: np.random.Generator) -> Attempt:
+        found = tried(recurrent_models.plant(recurrent_models.Recipe(), rng).model)
+        ((_, plan),) = found.recurrent.plans
+        assert plan.decision == "dense"
+        return found
+
+    def test_the_fastest_way_is_taken_and_proved(self, asked: Attempt) -> None:
+        times = Times(lambda _, plan: float(len(plan.directions[0].cells)))
+        found = tune(asked, times)
+        ((site, plan),) = found.recurrent.plans
+        assert times.timed == [("rnn", 1)]  # no set of units is apart from the others
+        assert (plan.decision, len(plan.directions[0].cells)) == ("split", 3)
+        assert plan.reason.endswith("; the fastest of 1 candidate, 3.00x timed alone")
+        assert found.recurrent.is_exact
+        assert found.weights_after < asked.weights_after
+        assert site is asked.recurrent.plans[0][0]
+
+    def test_what_is_not_faster_stays_dense(self, asked: Attempt) -> None:
+        ((_, plan),) = tune(asked, Times(lambda *_: 0.9)).recurrent.plans
+        assert plan.decision == "dense"
+        assert "timed alone, is slower at batch 1: 0.90x" in plan.reason
+
+    def test_an_asked_emission_is_kept_even_if_it_is_slower(self, asked: Attempt) -> None:
+        ((_, plan),) = tune(asked, Times(lambda *_: 0.9), emit="split").recurrent.plans
+        assert (plan.decision, len(plan.directions[0].cells)) == ("split", 3)
+
+    def test_where_nothing_can_be_timed_the_prediction_stands(self, asked: Attempt) -> None:
+        assert tune(asked, Times(lambda *_: None)).recurrent.plans == asked.recurrent.plans
+
+    def test_what_was_left_dense_and_loses_more_than_zeros_is_not_timed(
+        self, rng: np.random.Generator
+    ) -> None:
+        model = recurrent_models.plant(recurrent_models.Recipe(), rng).model
+        times = Times(lambda *_: 3.0)
+        found = tune(tried(model, DEAR, null="normal:0.3"), times)
+        ((_, plan),) = found.recurrent.plans
+        assert plan.decision == "dense"
+        assert times.timed == []

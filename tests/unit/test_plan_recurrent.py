@@ -10,7 +10,11 @@ import pytest
 
 from onnx_decompose.analysis.recurrence import UnitGraph, unit_graph
 from onnx_decompose.cost import CPU
-from onnx_decompose.plan_recurrent import RecurrentGraph, plan_recurrent
+from onnx_decompose.plan_recurrent import (
+    RecurrentGraph,
+    candidate_recurrent_plans,
+    plan_recurrent,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,3 +140,30 @@ def test_thousands_of_single_units_are_planned_quickly() -> None:
     plan = plan_recurrent(whole(unit_graph(inputs, edges, "LSTM")), CPU)
     assert plan.directions[0].atoms == hidden
     assert 1 < len(plan.directions[0].cells) < 200
+
+
+def test_candidates_are_in_cascade_and_in_parallel() -> None:
+    """Two cascades of two: an operator for each group, or one for each cascade, are both worth a measurement."""
+    graph = whole(block_graph([20, 30, 40, 50], [5] * 4, [(0, 1), (2, 3)]))
+    found = candidate_recurrent_plans(graph, CPU)
+    assert [plan.relative_cost for plan in found] == sorted(p.relative_cost for p in found)
+    assert all(plan.decision == "split" for plan in found)
+    sizes = {tuple(units for _, _, units in sizes_of(plan)) for plan in found}
+    assert {(20, 30, 40, 50), (50, 90)} <= sizes
+    for plan in found:
+        count = len(plan.directions[0].cells)
+        assert plan.reason.endswith(
+            f"; {count} operators, predicted to take {plan.relative_cost:.2f} of the time"
+        )
+    split = candidate_recurrent_plans(graph, CPU, "split")
+    assert [sizes_of(plan) for plan in split] == [sizes_of(plan_recurrent(graph, CPU, "split"))]
+
+
+def test_a_dense_operator_has_no_candidates() -> None:
+    assert candidate_recurrent_plans(whole(block_graph([16], [4])), CPU) == ()
+
+
+def test_thousands_of_operators_are_no_candidate() -> None:
+    graph = whole(block_graph([1] * 300, [1] * 300))
+    for plan in candidate_recurrent_plans(graph, CPU):
+        assert len(plan.directions[0].cells) <= 64

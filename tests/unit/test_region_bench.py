@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from onnx_decompose import region_bench
 from onnx_decompose.bench import BenchSettings, Timing
 from onnx_decompose.cost import CPU
+from onnx_decompose.decompose_recurrent import RecurrentAttempt, attempt_recurrent
 from onnx_decompose.errors import ModelError
 from onnx_decompose.model_io import load_model
 from onnx_decompose.plan import RegionPlan, candidate_plans
@@ -21,6 +22,7 @@ from onnx_decompose.region_bench import RegionBench
 from onnx_decompose.region_model import RegionModels
 from onnx_decompose.sessions import Provider, Session, open_session
 from onnx_decompose.study import Study, state_graph, study_model
+from tests.passes import recurrent_models
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -190,3 +192,55 @@ def test_a_region_that_does_not_run_alone_has_no_timing(
     assert (
         "region a is not timed alone: model: region 'a': the type of 'nothing'" in caplog.text
     )
+
+
+class TestRecurrent:
+    @staticmethod
+    def attempts(
+        study: Study, emit: Literal["split", "shrink"] = "split"
+    ) -> list[RecurrentAttempt]:
+        found = {w.name: w.array != 0 for site in study.recurrent for w in site.all_weights}
+        return [attempt_recurrent(study, found, CPU, emit)]
+
+    @pytest.mark.parametrize(
+        "recipe",
+        [
+            recurrent_models.Recipe(),
+            recurrent_models.Recipe("GRU", direction="bidirectional", initial=True),
+            recurrent_models.Recipe("RNN", opset=14),
+        ],
+        ids=lambda recipe: recipe.cell,
+    )
+    def test_an_operator_is_timed_alone(
+        self, recipe: recurrent_models.Recipe, rng: np.random.Generator
+    ) -> None:
+        study = study_model(load_model(recurrent_models.plant(recipe, rng).model))
+        bench = RegionBench(study, (1, 2), Provider.CPU, rng, QUICK)
+        timings = bench.time_recurrent(study.recurrent[0], self.attempts(study))
+        assert timings is not None
+        assert [entry.batch for entry in timings[0].batches] == [1, 2]
+
+    def test_the_operator_alone_is_the_one_in_the_model(self, rng: np.random.Generator) -> None:
+        recipe = recurrent_models.Recipe()
+        planted = recurrent_models.plant(recipe, rng).model
+        planted.graph.node[0].output[0] = "made"
+        planted.graph.node.append(helper.make_node("Neg", ["made"], ["Y"], "after"))
+        study = study_model(load_model(planted))
+        small, inner = RegionModels(study).extract_operator(study.recurrent[0])
+        onnx.checker.check_model(small.proto, full_check=True)
+        assert [node.name for node in small.proto.graph.node] == ["rnn"]
+        feeds = recurrent_models.feeds(recipe, rng, 3, 2)
+        inside = open_session(planted.SerializeToString(), Provider.CPU).run(feeds)
+        alone = open_session(small.proto.SerializeToString(), Provider.CPU).run(feeds)
+        np.testing.assert_array_equal(-alone["made"], inside["Y"])
+        assert inner.name == study.recurrent[0].name
+
+    def test_made_up_lengths_are_no_lengths(self, rng: np.random.Generator) -> None:
+        recipe = recurrent_models.Recipe(lengths=True)
+        study = study_model(load_model(recurrent_models.plant(recipe, rng).model))
+        with pytest.raises(
+            ModelError, match="operator 'rnn': its sequence lengths are not known"
+        ):
+            RegionModels(study).extract_operator(study.recurrent[0])
+        bench = RegionBench(study, (1,), Provider.CPU, rng, QUICK)
+        assert bench.time_recurrent(study.recurrent[0], self.attempts(study)) is None
