@@ -599,3 +599,68 @@ class _Builder:
         if len(outputs) > 1:
             self._taps.append(Value(last, (1, value.lead[1]), labels))
         return result
+
+
+def quantize_some(model: onnx.ModelProto, rng: np.random.Generator) -> int:
+    """Store about half of a model's float32 matrices that products read as integers; returns how many."""
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in model.graph.node:
+        for position, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, position))
+    made: list[onnx.NodeProto] = []
+    for tensor in list(model.graph.initializer):
+        uses = readers.get(tensor.name, [])
+        is_weight = len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT
+        products = {(node.op_type, position) for node, position in uses}
+        if not is_weight or not products <= {("MatMul", 1), ("Gemm", 1)} or not products:
+            continue
+        if rng.random() < 0.5:
+            model.graph.initializer.remove(tensor)
+            made.extend(_of_integers(model.graph, tensor, rng))
+    for node in reversed(made):
+        model.graph.node.insert(0, node)
+    return len({node.output[0].rpartition(".")[0] or node.output[0] for node in made})
+
+
+def _of_integers(
+    graph: onnx.GraphProto, tensor: onnx.TensorProto, rng: np.random.Generator
+) -> list[onnx.NodeProto]:
+    """The nodes that make ``tensor`` of integers in some form, and what they read."""
+    values = numpy_helper.to_array(tensor)
+    unsigned = bool(rng.random() < 0.5)
+    lines = rng.choice([-1, 0, 1])
+    shape = () if lines < 0 else (values.shape[lines],)
+    zero = np.asarray(rng.integers(-9, 10, shape) + 128 * unsigned)
+    scale = np.asarray(rng.uniform(0.008, 0.012, shape), np.float32)
+
+    def across(line: Array) -> Array:
+        return line[:, None] if lines == 0 else line
+
+    dtype = np.uint8 if unsigned else np.int8
+    limits = np.iinfo(dtype)
+    codes = np.clip(np.round(values / across(scale)) + across(zero), limits.min, limits.max)
+    name = tensor.name
+    turned = bool(rng.random() < 0.3)
+    codes = codes.T if turned else codes
+    casts = bool(rng.random() < 0.5)
+    # Lines along an axis, as the operators after it see the integers.
+    last = lines >= 0 and (lines == 1) != turned
+    line = zero.astype(np.float32 if casts else dtype)
+    stored = {"codes": np.ascontiguousarray(codes).astype(dtype), "zero": line, "scale": scale}
+    if casts and lines >= 0 and not last:
+        stored |= {key: stored[key][:, None] for key in ("zero", "scale")}
+    for key, array in stored.items():
+        graph.initializer.append(numpy_helper.from_array(array, f"{name}.{key}"))
+    floats = f"{name}.floats" if turned else name
+    if casts:
+        nodes = [
+            helper.make_node("Cast", [f"{name}.codes"], [f"{name}.cast"], to=1),
+            helper.make_node("Sub", [f"{name}.cast", f"{name}.zero"], [f"{name}.difference"]),
+            helper.make_node("Mul", [f"{name}.difference", f"{name}.scale"], [floats]),
+        ]
+    else:
+        inputs = [f"{name}.codes", f"{name}.scale", f"{name}.zero"]
+        nodes = [helper.make_node("DequantizeLinear", inputs, [floats], axis=int(last))]
+    if turned:
+        nodes.append(helper.make_node("Transpose", [floats], [name], perm=[1, 0]))
+    return nodes

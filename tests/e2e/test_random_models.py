@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, get_args
 
-from hypothesis import given, settings
+import numpy as np
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onnx_decompose.options import Options
 from onnx_decompose.state_graph import Emit
-from tests.e2e.random_models import NOISE, Recipe, random_model
-from tests.e2e.whole_rewrite import check_rewrite
+from tests.e2e.random_models import NOISE, Recipe, quantize_some, random_model
+from tests.e2e.whole_rewrite import EXACT, check_rewrite
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -37,3 +39,23 @@ def test_exact(seed: int, emit: Emit, free: bool) -> None:
 def test_annealed(seed: int, emit: Emit, free: bool, criterion: Criterion) -> None:
     options = Options(null=f"normal:{NOISE}", criterion=criterion, provider="cpu")
     check_rewrite(random_model(Recipe.drawn(seed, NOISE)), emit, options, free=free)
+
+
+@settings(max_examples=12)
+@given(
+    seed=SEEDS,
+    emit=EMITS,
+    free=st.booleans(),
+    criterion=st.sampled_from(["", "ksigma:3", "fdr", "shared"]),
+)
+def test_weights_of_integers(
+    seed: int, emit: Emit, free: bool, criterion: Criterion | Literal[""]
+) -> None:
+    """Exact, or annealed: what is removed becomes the zero point."""
+    recipe = Recipe.drawn(seed, NOISE if criterion else 0.0)
+    opset = max(recipe.opset, 13)  # one scale per line came with it
+    recipe = dataclasses.replace(recipe, opset=opset, dtype="float32", inside="")
+    model = random_model(recipe)
+    assume(quantize_some(model, np.random.default_rng([seed, 7])) > 0)
+    options = Options(null=f"normal:{NOISE}", criterion=criterion, provider="cpu")
+    check_rewrite(model, emit, options if criterion else EXACT, free=free)
