@@ -212,7 +212,7 @@ class _Survey:
 
     def _site(self, site: Site, node: onnx.NodeProto) -> tuple[_Role, ...]:
         if site.quantized is not None:
-            return self._quantized_site(site, site.quantized)
+            return self._quantized_site(site, site.quantized, node)
         inputs, outputs = site.units
         flipped = bool(site.kernel) or bool(attribute_values(node).get("transB", 0))
         # A convolution's weight is (N, K, kernel): with as many axes as its values, K on their unit axis.
@@ -225,7 +225,9 @@ class _Survey:
             _Role(outputs, (site.output,), (UnitConstant(site.node, 1, second), *bias)),
         )
 
-    def _quantized_site(self, site: Site, quantized: Quantized) -> tuple[_Role, ...]:
+    def _quantized_site(
+        self, site: Site, quantized: Quantized, node: onnx.NodeProto
+    ) -> tuple[_Role, ...]:
         if any(self._readers.get(name, 0) > 1 for name in quantized.made):
             return ()  # others read the same weight
         uses: tuple[list[UnitConstant], list[UnitConstant]] = ([], [])
@@ -234,6 +236,8 @@ class _Survey:
             for found, axis in zip(uses, (operand.rows, operand.columns), strict=True):
                 if axis is not None:
                     found.append(UnitConstant(index, operand.position, axis))
+        if site.op_type == "Gemm" and self._is_per_unit(node, 2, site.shape[1]):
+            uses[1].append(UnitConstant(site.node, 2, -1))
         bias = (site.bias,) if site.bias else ()
         return (
             _Role(site.shape[0], (site.input,), tuple(uses[0])),

@@ -158,6 +158,31 @@ def test_permutations_go_into_integers_scales_and_zero_points(rng: np.random.Gen
     check_parity(result, rng)
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_permutations_go_into_biases_too(made: bool, rng: np.random.Generator) -> None:
+    """A Gemm's bias, of floats or of integers, has the units of what it makes."""
+    bias = "c = DequantizeLinear <axis = 0> (cq, s0)" if made else ""
+    text = f"""g (float[B, 5] x) => (float[B, 8] y) {{
+        {bias} d0 = DequantizeLinear(w0, s0) a = Gemm(x, d0, c) h = Softmax <axis = -1> (a)
+        d1 = DequantizeLinear(w1, s1) y = MatMul(h, d1) }}"""
+    stored = {"cq": np.arange(8, dtype=np.int32)} if made else {"c": np.arange(8.0)}
+    model = parse(
+        text,
+        {
+            "w0": dense(rng, 5, 8),
+            "s0": np.linspace(0.01, 0.02, 8, dtype=np.float32),
+            "w1": codes(rng, MIXED, SWAPPED),
+            "s1": number(0.01, np.float32),
+            **{name: v.astype(np.int32 if made else np.float32) for name, v in stored.items()},
+        },
+    )
+    result = rewrite(model)
+    assert result.decisions == [("dense", 0), ("split", 2)]
+    assert "cq" in {c.source for c in result.reordered.values()} or not made
+    assert {c.source for c in result.reordered.values()} >= {"w0", "s0"}
+    check_parity(result, rng)
+
+
 def test_a_dequantized_weight_that_two_read_keeps_its_order(rng: np.random.Generator) -> None:
     text = """g (float[B, 8] x) => (float[B, 8] y, float[B, 8] z) {
         d0 = DequantizeLinear(w0, s) a = MatMul(x, d0) h = Softmax <axis = -1> (a)
