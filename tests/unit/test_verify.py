@@ -13,6 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnx_decompose import equivalence
+from onnx_decompose.cases import open_model as open_model_as_usual
 from onnx_decompose.errors import DataError, ModelError
 from onnx_decompose.metadata import (
     Annealing,
@@ -764,7 +765,7 @@ class TestOnCuda:
     @pytest.fixture
     def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Provider, SessionSettings]]:
         asked: list[tuple[Provider, SessionSettings]] = []
-        on_cpu = equivalence.open_model
+        on_cpu = open_model_as_usual
 
         def open_model(
             source: Model, provider: Provider, *, settings: SessionSettings
