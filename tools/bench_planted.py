@@ -48,6 +48,7 @@ from tools.planted_models import (
     PlantedModel,
     banded,
     block_triangular,
+    bottleneck,
     control,
     ffn,
     gated_ffn,
@@ -86,6 +87,9 @@ def cases(*, quick: bool) -> dict[str, Build]:
     made["ffn-8-in-order"] = _of(ffn, wide, Blocks(8, shuffle=False))
     made["gated-8"] = _of(gated_ffn, wide[:2], Blocks(8))
     made["gated-4-unequal"] = _of(gated_ffn, wide[:2], Blocks(4, equal=False))
+    grid = (64, 64, 8) if quick else (256, 256, 14)
+    made["bottleneck-8"] = _of(bottleneck, grid, Blocks(8))
+    made["bottleneck-4-unequal"] = _of(bottleneck, grid, Blocks(4, equal=False))
     made["residual-4"] = _of(residual_stack, state, Blocks(4))
     made["residual-cascade-3"] = _of(residual_stack, state, Blocks(3, cascade=True))
     made["ffn-cascade-3"] = _of(ffn, wide, Blocks(3, cascade=True))

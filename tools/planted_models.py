@@ -97,6 +97,19 @@ class _Builder:
             self.node("Add", [product, self.constant(f"{name}.bias", shift)], output)
         return output
 
+    def convolution(
+        self, value: str, name: str, mask: Mask, output: str, *, kernel: int
+    ) -> str:
+        """``output``, a convolution of as many positions, with edges between channels where ``mask`` is true."""
+        taps = kernel**2
+        stored = self.weight(f"{name}.weight", np.repeat(mask, taps, axis=0))
+        values = numpy_helper.to_array(self._tensors.pop())
+        shaped = values.T.reshape(mask.shape[1], mask.shape[0], kernel, kernel)
+        self.constant(stored, shaped)
+        shift = self._rng.normal(0, 0.1, (mask.shape[1],))
+        inputs = [value, stored, self.constant(f"{name}.bias", shift)]
+        return self.node("Conv", inputs, output, pads=[kernel // 2] * 4)
+
     def finish(
         self,
         structure: Structure,
@@ -212,6 +225,31 @@ def gated_ffn(
     build.linear("hidden", "down", blocks.mask(hidden, outer), "y", bias=False)
     truth = {"x": inner, "hidden": hidden, "y": outer}
     return build.finish("blocks", truth, ("batch", sizes[0]), ("batch", sizes[0]))
+
+
+def bottleneck(
+    sizes: tuple[int, int, int],
+    blocks: Blocks,
+    dtype: type[np.floating[Any]],
+    rng: np.random.Generator,
+) -> PlantedModel:
+    """Convolutions 1x1, 3x3 and 1x1 with ReLU between; ``sizes`` = (channels, channels inside, positions a side)."""
+    build = _Builder(dtype, rng)
+    width, inside, side = sizes
+    labels = [blocks.labels(size, rng) for size in (width, inside, inside, width)]
+    values = ["x", "reduced", "filtered", "y"]
+    for number, (kernel, rows, columns) in enumerate(
+        zip((1, 3, 1), labels[:-1], labels[1:], strict=True)
+    ):
+        made = values[number + 1]
+        output = made if number == 2 else f"{made}.sum"
+        mask = blocks.mask(rows, columns)
+        build.convolution(values[number], f"site{number}", mask, output, kernel=kernel)
+        if number < 2:
+            build.node("Relu", [output], made)
+    truth = dict(zip(values, labels, strict=True))
+    shape = ("batch", width, side, side)
+    return build.finish("blocks", truth, shape, shape)
 
 
 def residual_stack(
