@@ -184,7 +184,14 @@ def test_the_suite_has_every_kind_of_structure() -> None:
     assert set(quick) < set(full)
     assert {f"ffn-{count}" for count in (2, 4, 8, 16, 32, 64)} <= set(full)
     kinds = (
-        *("gated", "residual", "residual-cascade", "ffn-cascade", "square-cascade"),
+        *(
+            "bottleneck",
+            "gated",
+            "residual",
+            "residual-cascade",
+            "ffn-cascade",
+            "square-cascade",
+        ),
         *("lstm", "gru", "banded", "triangular", "control", "matmul"),
     )
     for kind in kinds:
