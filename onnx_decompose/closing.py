@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from onnx_decompose.disjoint_sets import DisjointSets
 from onnx_decompose.external_data import external_tensors
-from onnx_decompose.flat import CLOSED_DOMAIN, Flat, marker
+from onnx_decompose.flat import CLOSED_DOMAIN, Flat, flat_name, marker
 from onnx_decompose.model_io import Model
 from onnx_decompose.regions import reads
 from onnx_decompose.renames import (
@@ -21,7 +22,7 @@ from onnx_decompose.renames import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
 __all__ = ["restore"]
 
@@ -72,11 +73,7 @@ class _Closer:
         self._changed = changed
         self._main = _parsed(changed.graph)
         now = {segment.number: segment for segment in self._main.segments()}
-        self._untouched = {
-            segment.number
-            for segment in _parsed(flat.model.proto.graph).segments()
-            if segment.content() == now[segment.number].content()
-        }
+        self._untouched = _closable(flat, _parsed(flat.model.proto.graph), now)
         self._bodies: dict[tuple[str, ...], list[_Segment]] = {}
         for number, opened in enumerate(flat.opened):
             if opened.body is not None:
@@ -105,7 +102,7 @@ class _Closer:
     def proto(self) -> onnx.ModelProto:
         """The model."""
         source, result = self._flat.source.proto, self._changed
-        nodes = list(self._closed(self._main))
+        nodes = _without_unread(list(self._closed(self._main)), source.graph)
         graph = result.graph
         del graph.node[:]
         graph.node.extend(nodes)
@@ -156,20 +153,23 @@ class _Closer:
         for node in nodes:
             for name in filter(None, node.output):
                 if name not in names:
-                    names[name] = self._short(name, f"{opened.label}//")
-        for tensor in self._own_tensors(body, f"{opened.label}//"):
-            names[tensor.name] = self._short(tensor.name, f"{opened.label}//")
+                    names[name] = self._short(name, opened.label)
+        for tensor in self._own_tensors(body, opened.label):
+            names[tensor.name] = self._short(tensor.name, opened.label)
             own = graph.initializer.add()
             own.CopyFrom(tensor)
             own.name = names[tensor.name]
-        del graph.node[:]
+        changed: list[onnx.NodeProto] = []
         for node in nodes:
             copy = renamed(node, lambda name: names.get(name, name))
             name = opened.nodes.get(node.name, node.name.removeprefix(f"{opened.label}/"))
             copy.ClearField("name")
             if name is not None:
                 copy.name = name
-            graph.node.append(copy)
+            changed.append(copy)
+        left = _without_unread(changed, graph)
+        del graph.node[:]
+        graph.node.extend(left)
         for field in _NAMED:
             gone = opened.values.keys() - self._left[field]
             _drop_named(getattr(graph, field), {opened.values[flat] for flat in gone})
@@ -183,8 +183,9 @@ class _Closer:
         found = [
             tensor
             for name, tensor in self._new.items()
-            if name.startswith(label)
-            and name.removeprefix(label) not in self._taken
+            if name not in self._moved
+            and _inside(name, label) != name
+            and _inside(name, label) not in self._taken
             and inside[name] == self._readers[name]
         ]
         self._moved.update(tensor.name for tensor in found)
@@ -192,11 +193,17 @@ class _Closer:
 
     def _short(self, name: str, label: str) -> str:
         """The name of a new value of a body: without the body's label, unless another value has that name."""
-        short = name.removeprefix(label)
+        short = _inside(name, label)
         if short in self._taken:
             return name
         self._taken.add(short)
         return short
+
+
+def _inside(name: str, label: str) -> str:
+    """The name in a body that has this flat name; the flat name itself where none has."""
+    short = name.removeprefix(f"{label}//").removeprefix(f"{label}/")
+    return short if flat_name(label, short) == name else name
 
 
 _NAMED = ("initializer", "sparse_initializer", "value_info", "quantization_annotation")
@@ -224,6 +231,66 @@ def _parsed(graph: onnx.GraphProto) -> _Segment:
             stack.append(_Segment(mark[0]))
     (main,) = stack
     return main
+
+
+def _closable(flat: Flat, before: _Segment, now: Mapping[int, _Segment]) -> set[int]:
+    """The segments that are as they were, and so is everything inside them and all that reads values from inside."""
+    around: dict[int, frozenset[int]] = {}
+    place: dict[str, int] = {}
+    readers: list[tuple[str, int]] = []
+
+    def visit(segment: _Segment, outer: frozenset[int]) -> None:
+        around[segment.number] = inside = outer | {segment.number}
+        for item in segment.items:
+            if isinstance(item, _Segment):
+                visit(item, inside)
+            else:
+                place.update(dict.fromkeys(item.output, segment.number))
+                readers.extend((name, segment.number) for name in item.input)
+
+    visit(before, frozenset())
+    for opened in flat.opened:
+        if opened.body is None:  # what it makes is there too when it is closed
+            for name in opened.owner.output:
+                place.pop(name, None)
+    linked = DisjointSets()
+    for name, reader in readers:
+        maker = place.get(name)
+        if maker is not None and maker not in around[reader]:
+            linked.join(str(maker), str(reader))
+    segments = list(before.segments())
+    open_sets = {
+        linked.find(str(segment.number))
+        for segment in segments
+        if segment.content() != now[segment.number].content()
+    }
+    open_ones = {
+        outer
+        for segment in segments
+        if linked.find(str(segment.number)) in open_sets
+        for outer in around[segment.number]
+    }
+    return {segment.number for segment in segments} - open_ones
+
+
+def _without_unread(
+    nodes: list[onnx.NodeProto], before: onnx.GraphProto
+) -> list[onnx.NodeProto]:
+    """``nodes`` without each Transpose that nothing reads any more, as something did in ``before`` if it was there."""
+    there = {name for node in before.node for name in node.output}
+    there -= {name for node in before.node for name in reads(node)}
+    count = collections.Counter(name for node in nodes for name in reads(node))
+    count.update(value.name for value in before.output)
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(nodes):
+        gone = node.op_type == "Transpose" and not any(
+            count[name] or name in there for name in node.output
+        )
+        if gone:
+            count.subtract(node.input)
+        else:
+            kept.append(node)
+    return kept[::-1]
 
 
 def _called(proto: onnx.ModelProto) -> set[tuple[str, str, str]]:

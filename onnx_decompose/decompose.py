@@ -15,6 +15,7 @@ from onnx_decompose.closing import restore
 from onnx_decompose.copies import find_copies
 from onnx_decompose.decompose_recurrent import RecurrentAttempt, attempt_recurrent
 from onnx_decompose.errors import PassError
+from onnx_decompose.flat import Flat
 from onnx_decompose.folding import fold_region
 from onnx_decompose.metadata import (
     Decomposition,
@@ -312,7 +313,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
     folding = ReplaceWeights({}, biases, tried.absorbing)
     folded = folding(tried.study.model).model
     before, after = tried.study.model.proto.graph, folded.proto.graph
-    dense = tried.study if folded is tried.study.model else study_model(folded)
+    dense = tried.study if folded is tried.study.model else study_model(Flat(folded, folded))
     numbering = choose_numbering(dense.spaces, tried.rewrites)
     rewriting = RewriteRegions(
         plans=[

@@ -26,6 +26,7 @@ from onnx_decompose.constants import Constants
 from onnx_decompose.lowering import Lowering
 from onnx_decompose.model_io import Model
 from onnx_decompose.refusals import holds_weights
+from onnx_decompose.regions import reads
 from onnx_decompose.renames import (
     all_nodes,
     defined_names,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CLOSED_DOMAIN", "RESERVED_KEY", "Flat", "Opened", "flatten", "marker"]
+__all__ = ["CLOSED_DOMAIN", "RESERVED_KEY", "Flat", "Opened", "flat_name", "flatten", "marker"]
 
 CLOSED_DOMAIN = "onnx_decompose.closed"
 """Domain of the node that stands for an opened If, Loop or Scan."""
@@ -83,43 +84,58 @@ class Flat:
         source: the model that it stands for.
         hidden: values that look like inputs of a body and begin as a constant; and why they are none.
         opened: what lies between each two markers.
+        lowering: what found the products in other forms.
     """
 
     model: Model
     source: Model
     hidden: Mapping[str, str] = dataclasses.field(default_factory=dict)
     opened: tuple[Opened, ...] = ()
+    lowering: Lowering | None = None
 
 
-def flatten(model: Model) -> Flat:
-    """``model`` with everything open that holds weights inside, and products in other forms as products x @ W."""
-    return _lowered(_opened(model))
+def flatten(model: Model, like: Flat | None = None) -> Flat:
+    """``model`` with everything open that holds weights inside, and products in other forms as products x @ W.
+
+    Args:
+        model: the model.
+        like: another version of it: what form a product is taken to have follows that one.
+    """
+    return _lowered(_opened(model), None if like is None else like.lowering)
 
 
-def _lowered(flat: Flat) -> Flat:
+def _lowered(flat: Flat, like: Lowering | None) -> Flat:
     """The same with the nodes of products in other forms in place of these."""
     graph = flat.model.proto.graph
-    lowering = Lowering(flat.model)
+    lowering = Lowering(flat.model, like)
+    groups = [
+        lowering.nodes(node, name)
+        for node, name in zip(graph.node, node_names(graph), strict=True)
+    ]
+    if not any(groups):
+        return dataclasses.replace(flat, lowering=lowering)
+    read = {value.name for value in graph.output}
+    for node, group in zip(graph.node, groups, strict=True):
+        read.update(name for one in group or [node] for name in reads(one))
     nodes: list[onnx.NodeProto] = []
     opened = list(flat.opened)
-    made = set(defined_names(graph))
-    for node, name in zip(graph.node, node_names(graph), strict=True):
-        group = lowering.nodes(node, name)
-        new = {value for one in group for value in one.output}.difference(node.output)
-        if not group or not made.isdisjoint(new):
+    for node, group in zip(graph.node, groups, strict=True):
+        # Where all that turns a value back takes it as it was, nothing turns it.
+        idle = (
+            node.output[:1] and node.output[0] in lowering.turned and node.output[0] not in read
+        )
+        if not group and not idle:
             nodes.append(node)
             continue
         begin, end = _marks(len(opened))
-        opened.append(Opened(node, None, name, {}, {}))
-        nodes += [begin, *group, end]
-    if len(opened) == len(flat.opened):
-        return flat
+        opened.append(Opened(node, None, "", {}, {}))
+        nodes += [begin, *(group[:-1] if idle else group), end]
     proto = onnx.ModelProto()
     proto.CopyFrom(flat.model.proto)
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     model = Model(proto, flat.model.path)
-    return Flat(model, flat.source, flat.hidden, tuple(opened))
+    return Flat(model, flat.source, flat.hidden, tuple(opened), lowering)
 
 
 def _marks(number: int) -> list[onnx.NodeProto]:
@@ -149,6 +165,11 @@ def _opened(model: Model) -> Flat:
         logger.info("names of inner graphs cannot be told from outer ones; they stay closed")
         return Flat(model, model)
     return flat
+
+
+def flat_name(label: str, name: str) -> str:
+    """What a value of a body is called; one that was inside a call or a product already has a path for a name."""
+    return f"{label}/{name}" if "//" in name else f"{label}//{name}"
 
 
 def marker(node: onnx.NodeProto) -> tuple[int, bool] | None:
@@ -204,6 +225,10 @@ class _Scope:
     values: dict[str, str] = dataclasses.field(default_factory=dict)
     nodes: dict[str, str | None] = dataclasses.field(default_factory=dict)
     captured: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def value(self, name: str) -> str:
+        """The flat name of a value of its own."""
+        return flat_name(self.label, name)
 
     def inside(self, name: str) -> str:
         """``name`` as a path from the main graph."""
@@ -302,11 +327,11 @@ class _Flattener:
         if name in scope.values:
             return scope.values[name]
         if scope.outer is None:  # a function that reads what nothing makes
-            return f"{scope.label}//{name}"
+            return scope.value(name)
         outside = self._resolve(name, scope.outer)
         if outside in self._followed:
             return outside
-        flat = f"{scope.label}//{name}"
+        flat = scope.value(name)
         scope.values[name] = flat
         scope.captured[flat] = outside
         self._add_input(flat, self._types.get(outside))
@@ -370,7 +395,7 @@ class _Flattener:
     def _declare(self, graph: onnx.GraphProto, closed: onnx.NodeProto, inner: _Scope) -> None:
         """Name everything that a body brings, and add its tensors."""
         for name in defined_names(graph):
-            inner.values[name] = f"{inner.label}//{name}"
+            inner.values[name] = inner.value(name)
             self._reserved.add(name)
         for tensor in graph.initializer:
             copy = self._graph.initializer.add()
@@ -426,7 +451,7 @@ class _Flattener:
         scope = _Scope(self._label(path))
         for node in function.node:
             for name in filter(None, node.output):
-                scope.values[name] = f"{scope.label}//{name}"
+                scope.values[name] = scope.value(name)
         scope.values |= dict.fromkeys(function.input, "")
         scope.values |= dict(zip(function.input, call.input, strict=False))
         scope.values |= {

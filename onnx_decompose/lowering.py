@@ -23,6 +23,7 @@ from onnx import helper, numpy_helper
 from onnx_decompose.constants import Constants
 from onnx_decompose.einsum import Contraction, parse_contraction
 from onnx_decompose.refusals import equation_of
+from onnx_decompose.renames import defined_names
 from onnx_decompose.shapes import infer_shapes, opset_of
 from onnx_decompose.sites import attribute_values, is_standard
 from onnx_decompose.tensors import FLOAT_TYPES
@@ -40,17 +41,34 @@ _MOST_MATRICES = 64
 
 
 class Lowering:
-    """Knows what each node of one model's main graph comes to."""
+    """Knows what each node of one model's main graph comes to; asked for one after another.
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        model: the model.
+        like: that of another version of the model. What is known of shapes may differ between the two, and what forms
+            come to must not: only what the other one lowered is lowered, with what it knows.
+
+    Attributes:
+        lowered: what nodes make that came to other nodes.
+        turned: values that are others with their last two axes in turn. Where such a value is turned once more, the
+            other one is there already: W2 @ relu((W1 @ x)^T)^T comes to one region of two products.
+    """
+
+    def __init__(self, model: Model, like: Lowering | None = None) -> None:
         self._model = model
+        self._like = like
+        self._names = set(defined_names(model.proto.graph))
         self.constants = Constants(model)
         self.opset = opset_of(model.proto)
+        self.turned: dict[str, str] = {}
+        self._new: set[str] = set()
+        self.lowered: set[str] = set()
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[Dim, ...]]:
         """What is known of the values; most models need none of it."""
-        return infer_shapes(self._model.proto)
+        shapes = infer_shapes(self._model.proto)
+        return shapes if self._like is None else {**shapes, **self._like.shapes}
 
     def nodes(self, node: onnx.NodeProto, name: str) -> list[onnx.NodeProto]:
         """The nodes that ``node`` comes to; none where it stays as it is.
@@ -60,10 +78,27 @@ class Lowering:
             name: unique; the product gets it.
         """
         form = _FORMS.get(node.op_type) if is_standard(node) else None
-        if form is None or len(node.input) < 2:
+        if form is None or not all(node.input[:2]) or not any(node.output):
             return []
         group = _Group(self, node, name)
-        return group.nodes if form(group) else []
+        if not form(group) or not self._may(group.output):
+            return []
+        new = {value for one in group.nodes for value in one.output}.difference(node.output)
+        if not self._names.isdisjoint(new):
+            return []
+        self.lowered.add(group.output)
+        last = group.nodes[-1]
+        if last.op_type == "Transpose" and _swaps(last):
+            self.turned[group.output] = last.input[0]
+            self._new.add(group.output)
+        return group.nodes
+
+    def _may(self, name: str) -> bool:
+        return self._like is None or name in self._like.lowered
+
+    def is_new(self, name: str) -> bool:
+        """Whether a value of :attr:`turned` is what some other form came to."""
+        return name in self._new
 
 
 class _Group:
@@ -82,6 +117,14 @@ class _Group:
     def output(self) -> str:
         """What the node makes."""
         return str(self.node.output[0])
+
+    def is_new(self, name: str) -> bool:
+        """Whether a value is turned, and another form came to it."""
+        return self._lowering.is_new(name)
+
+    def note_turned(self, name: str) -> None:
+        """The node makes ``name`` with its last two axes in turn."""
+        self._lowering.turned[self.output] = name
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the node's attributes."""
@@ -134,7 +177,9 @@ class _Group:
         return self.add("Constant", [], value=numpy_helper.from_array(values))
 
     def turned(self, name: str, rank: int, output: str | None = None) -> str:
-        """A value with its last two axes in turn."""
+        """A value with its last two axes in turn; without an ``output``, the value that was turned already."""
+        if output is None and name in self._lowering.turned:
+            return self._lowering.turned[name]
         axes = [*range(rank - 2), rank - 1, rank - 2]
         return self.add("Transpose", [name], output, perm=axes)
 
@@ -145,7 +190,27 @@ class _Group:
         return self.add("Transpose", [name], output, perm=list(axes))
 
 
+def _swaps(node: onnx.NodeProto) -> bool:
+    """Whether a Transpose puts the last two axes in turn, and no others."""
+    axes = list(attribute_values(node).get("perm", ()))
+    order = list(range(len(axes)))
+    return len(axes) > 1 and axes == [*order[:-2], order[-1], order[-2]]
+
+
+def _transpose(group: _Group) -> bool:
+    (value,) = group.node.input[:1]
+    if group.is_known(value) or not _swaps(group.node):
+        return False
+    if group.is_new(value):
+        group.add("Identity", [group.turned(value, 0)], group.output)
+        return True
+    group.note_turned(value)
+    return False
+
+
 def _matmul(group: _Group) -> bool:
+    if len(group.node.input) < 2:
+        return False
     first, second = group.node.input[:2]
     weight = group.weight(second)
     if weight is not None and len(weight) > 2 and not group.is_known(first):
@@ -166,6 +231,8 @@ def _matmul(group: _Group) -> bool:
 
 
 def _gemm(group: _Group) -> bool:
+    if len(group.node.input) < 2:
+        return False
     first, second = group.node.input[:2]
     bias = group.node.input[2] if len(group.node.input) > 2 else ""
     if group.opset < 11:  # a Gemm needs a bias there
@@ -337,4 +404,5 @@ _FORMS: Mapping[str, Callable[[_Group], bool]] = {
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Einsum": _einsum,
+    "Transpose": _transpose,
 }

@@ -27,6 +27,7 @@ from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.splice import ORIGIN_KEY
 from onnx_decompose.rearranged import Rearranged
 from onnx_decompose.recurrent import RecurrentWeight, find_recurrent
+from onnx_decompose.renames import renamed, subgraphs
 from onnx_decompose.sites import Site, find_sites, stored_nothing, stored_weight
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def prove_structure(
         What is wrong first, or None; and by site of the original the annealed weights, (K, N) each, and the biases,
         (N,) each, that are not the original's.
     """
-    original, rewritten = flatten(original).model, flatten(rewritten).model
+    original, rewritten = _flat(original, rewritten)
     constants = Constants(original)
     sites = {site.name: site for site in find_sites(original, constants)[0]}
     cells, _ = find_recurrent(original, constants)
@@ -101,6 +102,12 @@ def prove_structure(
     if fault is None and changed is not None:
         fault = f"tensor '{changed}', which was not rewritten, is not the original's"
     return fault or _changed_node(original, rewritten), weights, biases
+
+
+def _flat(original: Model, rewritten: Model) -> tuple[Model, Model]:
+    """Both models with the same open."""
+    first = flatten(original)
+    return first.model, flatten(rewritten, first).model
 
 
 def annealed_model(
@@ -357,9 +364,11 @@ def _name(node: onnx.NodeProto) -> str:
 
 
 def _attributes(node: onnx.NodeProto, aside: Collection[str]) -> dict[str, bytes]:
+    """The attributes in a form that compares; what a body reads from outside is an input like others."""
+    plain = renamed(node, lambda _: "") if any(subgraphs(node)) else node
     return {
         a.name: a.SerializeToString(deterministic=True)
-        for a in node.attribute
+        for a in plain.attribute
         if a.name not in aside
     }
 

@@ -33,7 +33,9 @@ _QUANTIZED = {
         "QAttention",
         "QEmbedLayerNormalization",
     ),
-    *("QGemm", "QMoE", "QOrderedAttention", "QOrderedMatMul"),
+    *("QGemm", "QMoE", "QOrderedAttention", "QOrderedLongformerAttention", "QOrderedMatMul"),
+    *("GemmFloat8", "MatMulBlockQuantizedFp4Weight", "MatMulBlockQuantizedFp8Weight"),
+    "MatMulNBitsQLoRA",
 }
 _FUSED = {
     *(
@@ -57,7 +59,11 @@ _FUSED = {
         "PackedAttention",
         "PackedMultiHeadAttention",
     ),
-    *("TransposeMatMul",),
+    *("AttnLSTM", "CausalConvWithState", "ConvTransposeWithDynamicPads"),
+    *("DecoderMaskedSelfAttention", "GatedAdd", "GatedRelativePositionBias"),
+    *("HyperConnectionLowRankMix", "Mamba2Verify", "MatMulPacked", "MoEGroupRouter"),
+    *("MoEPacked", "NhwcConv", "NhwcFusedConv", "RouterGateUpProj", "SparseToDenseMatMul"),
+    *("TransposeMatMul", "VarlenCausalConvWithState", "WordConvEmbedding"),
 }
 _QUANTIZED_REASON = (
     "the weight is quantized; its scales and zero points would have to be cut with it, "

@@ -122,13 +122,13 @@ class Study:
         return tuple(self.alone[site.name] for site in region.sites if site.name in self.alone)
 
 
-def study_model(model: Model) -> Study:
-    """Find the sites and regions of ``model``.
+def study_model(source: Model | Flat) -> Study:
+    """Find the sites and regions of a model, or of one that is flat already.
 
     Raises:
         ModelError: a weight is not finite.
     """
-    flat = flatten(model)
+    flat = source if isinstance(source, Flat) else flatten(source)
     model = flat.model
     constants = Constants(model)
     shapes = infer_shapes(model.proto)

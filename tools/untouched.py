@@ -151,7 +151,9 @@ def _reordered(model: Model) -> set[str]:
     whole = {
         s.blocks[0].initializer for s in decomposition.sites.values() if len(s.blocks) == 1
     }
-    return whole | decomposition.reordered.keys()
+    names = whole | decomposition.reordered.keys()
+    # Those of a body are named by where they are.
+    return names | {name.rpartition("//")[2] for name in names}
 
 
 def _import_faults(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
@@ -191,6 +193,7 @@ def _node_faults(
 ) -> Iterator[str]:
     kept = set(_bytes(after.node))
     made = {tuple(node.output): node for node in after.node}
+    named = {node.name: node for node in after.node if node.name}
     read = _names_read(after)
     rewritten: set[str] = set()
     for node in before.node:
@@ -203,7 +206,7 @@ def _node_faults(
             continue
         if node.op_type in _CONSTANT_PRODUCERS and not read.intersection(node.output):
             continue
-        other = made.get(tuple(node.output))
+        other = made.get(tuple(node.output)) or named.get(node.name)
         if _reads_reordered(node, other, found.reordered):
             continue
         if other is None or not _bodies(node) or _bare(node) != _bare(other):
@@ -244,8 +247,9 @@ def _reads_reordered(
     """Whether ``other`` is ``node``, or the product that it comes to, in everything but constants in another order."""
     if other is None or len(other.input) != len(node.input):
         return False
-    if node.op_type == "Einsum":
-        return other.op_type == "MatMul" and not reordered.isdisjoint(other.input)
+    forms = {"Einsum", "Gemm", "MatMul"}
+    if {node.op_type, other.op_type} <= forms and node.name == other.name:
+        return not reordered.isdisjoint(other.input)
     restored = type(node)()
     restored.CopyFrom(other)
     for position, name in enumerate(other.input):

@@ -215,6 +215,38 @@ def test_a_form_takes_the_permutation_of_what_follows(
     assert found_partition(rewritten, "down") == eight.partition("down")
 
 
+def columns(model: onnx.ModelProto) -> None:
+    """The whole network on columns: (W^T @ x^T)^T each time."""
+    for site, value, made in (("up", "x", "up.product"), ("down", "up.active", "down.product")):
+        set_array(
+            model, f"{site}.weight", np.ascontiguousarray(array_of(model, f"{site}.weight").T)
+        )
+        place = next(n for n, node in enumerate(model.graph.node) if node.name == site)
+        nodes = list(model.graph.node)
+        nodes[place : place + 1] = [
+            helper.make_node("Transpose", [value], [f"{site}.turned"], perm=[1, 0]),
+            helper.make_node(
+                "MatMul", [f"{site}.weight", f"{site}.turned"], [f"{site}.columns"], site
+            ),
+            helper.make_node("Transpose", [f"{site}.columns"], [made], perm=[1, 0]),
+        ]
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
+
+
+def test_a_network_on_columns_is_one_region(
+    command: Command, eight: Planted, tmp_path: Path
+) -> None:
+    columns(eight.model)
+    rewritten = check(command, eight.model, tmp_path)
+    for site in ("up", "down"):
+        assert found_partition(rewritten, site) == eight.partition(site)
+    # One cut, one join, and nothing is turned on the way.
+    ops = [node.op_type for node in rewritten.graph.node]
+    assert ops.count("Transpose") == 0
+    assert ops.count("Concat") == 1
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_stack_of_weights(shared: bool, command: Command, tmp_path: Path) -> None:
     """Experts: a matrix for each, on rows of their own or on the same rows."""

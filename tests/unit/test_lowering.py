@@ -234,6 +234,45 @@ def test_both_operands_constant_stay() -> None:
     assert flatten(model).model is model
 
 
+COLUMNS = """
+    t = Transpose <perm = [1, 0]> (x)
+    p = MatMul(w, t)
+    q = Transpose <perm = [1, 0]> (p)
+    r = Relu(q)
+    s = Transpose <perm = [1, 0]> (r)
+    a = MatMul(v, s)
+    y = Transpose <perm = [1, 0]> (a)
+"""
+
+
+def test_products_of_columns_that_are_turned_and_turned_back_are_one_region() -> None:
+    """y = (V @ relu((W @ x^T)^T)^T)^T, as hand-written code has it."""
+    model = model_of(COLUMNS, "float[B, 3] x", "float[B, 2] y", w=(4, 3), v=(2, 4))
+    assert check(model, (5, 3)) == ["p//MatMul 3x4", "a//MatMul 4x2"]
+    (region,) = study_model(model).regions
+    assert len(region.sites) == 2
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_what_reads_inside_another_form_is_closed_with_it_or_not_at_all(changed: int) -> None:
+    model = model_of(COLUMNS, "float[B, 3] x", "float[B, 2] y", w=(4, 3), v=(2, 4))
+    flat = flatten(model)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(flat.model.proto)
+    products = [node for node in copy.graph.node if node.op_type == "MatMul"]
+    products[changed].doc_string = "changed"
+    found = restore(flat, Model(copy)).proto
+    onnx.checker.check_model(found, full_check=True)
+    # The other product is closed again, between its own two; the open one's matrix is turned, and no value.
+    ops = [node.op_type for node in found.graph.node]
+    assert (ops.count("Transpose"), ops.count("Identity")) == (3, 1)
+    x = RNG.normal(size=(5, 3)).astype(np.float32)
+    expected = onnx.reference.ReferenceEvaluator(model.proto).run(None, {"x": x})
+    got = onnx.reference.ReferenceEvaluator(found).run(None, {"x": x})
+    for first, second in zip(got, expected, strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-5)
+
+
 def test_an_einsum_without_an_equation_stays() -> None:
     model = model_of(
         'y = Einsum <equation = "bi,ij->bj"> (x, w)', "float[B, 4] x", "float[B, 3] y", w=(4, 3)

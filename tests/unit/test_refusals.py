@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx.parser
 import pytest
 
 from onnx_decompose.constants import Constants
 from onnx_decompose.flat import flatten
 from onnx_decompose.model_io import Model
-from onnx_decompose.refusals import find_refusals
+from onnx_decompose.refusals import find_refusals, holds_weights
 from onnx_decompose.sites import find_sites
 
 HEAD = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1, "local": 1, "other": 1]>'
@@ -218,3 +219,33 @@ def test_a_call_of_a_function_without_weights_is_no_refusal() -> None:
     function = '<domain: "local", opset_import: ["": 21]> Twice (a) => (o) { o = Add(a, a) }'
     text = f"{graph('y = local.Twice(x)')} {function}"
     assert refused(text) == {}
+
+
+NO_MATRIX = {
+    *("CDist", "ComplexMul", "ComplexMulConj", "MulInteger", "QLinearAdd", "QLinearMul"),
+    *("DynamicSparseAttention", "PackedSparseAttentionIndexer", "PagedAttention"),
+    *("SparseAttentionIndexer", "SparsePagedAttention", "QOrderedLayerNormalization"),
+    "TorchEmbedding",
+}
+"""Operators of onnxruntime with an input of such a name that is a table, a norm's scale or no weight at all."""
+
+
+def test_every_operator_of_onnxruntime_that_holds_a_weight_is_known() -> None:
+    """By the names of its inputs; a newer onnxruntime may bring more."""
+    from onnxruntime.capi import onnxruntime_pybind11_state  # noqa: PLC0415
+
+    holders = {
+        schema.name
+        for schema in onnxruntime_pybind11_state.get_all_operator_schema()
+        if schema.domain == "com.microsoft"
+        and any(
+            one.name in {"B", "R", "W"} or "weight" in one.name.lower() for one in schema.inputs
+        )
+    }
+    assert len(holders) > 40
+    unknown = {
+        name
+        for name in holders - NO_MATRIX
+        if not holds_weights(onnx.NodeProto(op_type=name, domain="com.microsoft"))
+    }
+    assert unknown == set()
