@@ -12,6 +12,7 @@ from onnx_decompose.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from onnx_decompose.cases import Case
     from onnx_decompose.metrics import Deviation, Metric
@@ -117,10 +118,17 @@ class AnnealingClaim:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Validation:
-    """Both claims; true if both hold. ``structural`` is None for a model that this tool did not rewrite."""
+    """Both claims; true if both hold.
+
+    Attributes:
+        structural: claim A; None for a model that this tool did not rewrite.
+        annealing: claim B.
+        reproducer: folder with the smallest parts that show why claim A fails, where one was asked for and made.
+    """
 
     structural: StructuralClaim | None
     annealing: AnnealingClaim
+    reproducer: Path | None = None
 
     def __bool__(self) -> bool:
         return (self.structural is None or self.structural.passed) and self.annealing.passed
@@ -137,6 +145,8 @@ class Validation:
                 f"claim B does not hold: {claim.measure} {claim.error:.3g} against a budget of {claim.budget:g} "
                 f"on {claim.data}"
             )
+        if self.reproducer is not None:
+            faults.append(f"see {self.reproducer}")
         return "; ".join(faults)
 
 

@@ -346,7 +346,10 @@ def validate(
 
     _check_outputs([report], [original, rewritten])
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    validation = run(original, rewritten, seeds=samples, tolerance=tolerance, **options)
+    folder = None if report is None else report.with_suffix(".reproducer")
+    validation = run(
+        original, rewritten, seeds=samples, tolerance=tolerance, reproducer=folder, **options
+    )
     if validation.structural is None:
         console.print("claim A: not checked, the model carries no onnx-decompose metadata")
     show_claims(validation.structural, validation.annealing, console)

@@ -30,6 +30,7 @@ from onnx_decompose.model_io import (
 )
 from onnx_decompose.options import Options, ProviderChoice
 from onnx_decompose.region_bench import RegionBench
+from onnx_decompose.reproducer import reproduce, write_reproducer
 from onnx_decompose.samples import load_inputs
 from onnx_decompose.schedule import anneal_within_budget, attempt_with, measure_annealed
 from onnx_decompose.sessions import Provider, resolve_provider
@@ -159,6 +160,7 @@ def validate(  # noqa: PLR0913 (the command's options)
     budget: float | None = None,
     metric: str | None = None,
     provider: ProviderChoice = "auto",
+    reproducer: Path | None = None,
 ) -> Validation:
     """Check claims A and B of a rewritten model.
 
@@ -172,9 +174,11 @@ def validate(  # noqa: PLR0913 (the command's options)
         budget: of claim B; by default the one that the rewritten model was accepted with.
         metric: what claim B measures, as in ``Options``: a budget means nothing without it.
         provider: where to run.
+        reproducer: folder to write, where claim A fails: the smallest parts of both models that show it, and inputs.
 
     Raises:
         InputError: a model or the inputs cannot be used, or are not versions of one model.
+        OutputError: ``reproducer`` cannot be written.
         ProviderError: the asked provider cannot run here.
     """
     if budget is not None and not budget >= 0:
@@ -184,14 +188,23 @@ def validate(  # noqa: PLR0913 (the command's options)
     before, after = load_model(original), load_model(rewritten)
     samples = None if inputs is None else load_inputs(Path(inputs), graph_inputs(before.proto))
     with blaming(before, after):
-        return validate_models(
+        where = resolve_provider(provider)
+        validation = validate_models(
             before,
             after,
             inputs=_measured_by(metric, Inputs(samples, seeds=seeds, seed=seed)),
-            provider=resolve_provider(provider),
+            provider=where,
             budget=budget,
             tolerance=tolerance,
         )
+        claim = validation.structural
+        if reproducer is None or claim is None or claim:
+            return validation
+        found = reproduce(before, after, claim, where)
+    if found is None:
+        return validation
+    write_reproducer(found, reproducer)
+    return dataclasses.replace(validation, reproducer=reproducer)
 
 
 def bench(

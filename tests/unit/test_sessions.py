@@ -181,6 +181,13 @@ class TestCudaSession:
         assert opened["options"].entries["session.disable_cpu_ep_fallback"] == "1"
         assert opened["options"].entries["session.intra_op.allow_spinning"] == "0"
 
+    def test_deterministic_kernels_on_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        runtime = use(monkeypatch, FakeRuntime())
+        runtime.preload_dlls()
+        for wanted in (False, True):
+            open_session(b"model", Provider.CUDA, SessionSettings(deterministic=wanted))
+            assert runtime.opened[-1]["options"].use_deterministic_compute is wanted
+
     def test_tf32_on_request(self, monkeypatch: pytest.MonkeyPatch) -> None:
         runtime = use(monkeypatch, FakeRuntime())
         runtime.preload_dlls()

@@ -12,6 +12,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from onnx_decompose import equivalence
+from onnx_decompose.cases import open_model as open_model_as_usual
 from onnx_decompose.errors import DataError, ModelError
 from onnx_decompose.metadata import (
     Annealing,
@@ -30,7 +32,7 @@ from onnx_decompose.passes.splice import ORIGIN_KEY
 from onnx_decompose.proof import prove_structure
 from onnx_decompose.reference import Reference, open_reference
 from onnx_decompose.samples import samples_from_arrays
-from onnx_decompose.sessions import Provider
+from onnx_decompose.sessions import Provider, Session, SessionSettings
 from onnx_decompose.tensors import graph_inputs
 from onnx_decompose.verify import (
     AnnealingClaim,
@@ -755,3 +757,54 @@ class TestCancelling:
         found = self.claim(1e-5)
         assert not found
         assert "output 'y' deviates" in found.reason
+
+
+class TestOnCuda:
+    """The gate's logic for CUDA, with sessions that run on the CPU."""
+
+    @pytest.fixture
+    def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Provider, SessionSettings]]:
+        asked: list[tuple[Provider, SessionSettings]] = []
+        on_cpu = open_model_as_usual
+
+        def open_model(
+            source: Model, provider: Provider, *, settings: SessionSettings
+        ) -> Session:
+            asked.append((provider, settings))
+            return on_cpu(source, Provider.CPU, settings=settings)
+
+        monkeypatch.setattr(equivalence, "open_model", open_model)
+        return asked
+
+    def test_tf32_is_off_in_the_gate_and_reported_beside_it(
+        self, opened: list[tuple[Provider, SessionSettings]]
+    ) -> None:
+        found = structural_claim(
+            original(), rewritten(), inputs=Inputs(seeds=1), provider=Provider.CUDA
+        )
+        assert found
+        assert found.tf32_error is not None
+        assert {provider for provider, _ in opened} == {Provider.CUDA}
+        assert [settings.tf32 for _, settings in opened] == [False, False, True]
+        assert [settings.deterministic for _, settings in opened] == [True, True, False]
+
+    def test_tf32_decides_nothing(
+        self,
+        opened: list[tuple[Provider, SessionSettings]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        del opened
+        monkeypatch.setattr(equivalence, "_relative", lambda *_: 1e-3)
+        found = structural_claim(
+            original(), rewritten(), inputs=Inputs(seeds=1), provider=Provider.CUDA
+        )
+        assert found
+        assert found.tf32_error == 1e-3
+
+    def test_the_cpu_has_no_tf32(self, opened: list[tuple[Provider, SessionSettings]]) -> None:
+        assert claim(original(), rewritten()).tf32_error is None
+        assert [settings.tf32 for _, settings in opened] == [False, False]
+
+    def test_runs_that_differ_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(equivalence, "_same_bytes", lambda *_: False)
+        assert claim(original(), rewritten()).repeatable is False

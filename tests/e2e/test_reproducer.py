@@ -1,0 +1,185 @@
+"""Where claim A fails, ``validate --report`` leaves two small models and inputs that show it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from tests.e2e.planted import Recipe, array_of, plant, save, set_array
+from tests.e2e.test_corruptions import block_name, cross_branches, with_head
+from tests.e2e.whole_rewrite import rewrite_once
+from tools.planted_models import Blocks, residual_stack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.e2e.conftest import Command
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def pair() -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """A planted network with a dense head behind it, and its rewrite."""
+    rng = np.random.default_rng(21)
+    blocks = ((6, 12, 5), (6, 12, 5), (7, 10, 4))
+    original = with_head(plant(Recipe(blocks=blocks), rng).model, rng)
+    rewritten = rewrite_once(original, "split").model
+    assert rewritten is not None
+    return original, rewritten
+
+
+def validated(
+    command: Command,
+    original: onnx.ModelProto,
+    corrupted: onnx.ModelProto,
+    folder: Path,
+    *options: str,
+) -> tuple[str, Path]:
+    """The error line and the reproducer's folder."""
+    paths = save(original, folder / "in.onnx"), save(corrupted, folder / "out.onnx")
+    report = folder / "report.json"
+    result = command("validate", *paths, "--samples", "1", "--report", report, *options)
+    assert result.code == 1
+    (line,) = result.err.splitlines()
+    content = json.loads(report.read_text("utf-8"))
+    assert content["passed"] is False
+    made = folder / "report.reproducer"
+    assert content["reproducer"] == str(made)
+    assert f"; see {made}" in line
+    return line, made
+
+
+def run_both(folder: Path, before: str) -> list[Any]:
+    inputs = dict(np.load(folder / "inputs.npz"))
+    found = []
+    for name in (before, "rewritten.onnx"):
+        onnx.checker.check_model(onnx.load(folder / name))
+        session = onnxruntime.InferenceSession(folder / name)
+        wanted = {one.name for one in session.get_inputs()}
+        assert wanted <= inputs.keys()
+        found.append(session.run(None, {n: inputs[n] for n in wanted})[0])
+    return found
+
+
+def wrong_activation(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Abs"
+
+
+def wrong_head(model: onnx.ModelProto) -> None:
+    """Behind the region: nothing in it is at fault."""
+    node = next(node for node in model.graph.node if node.name == "shifted")
+    node.input[1] = node.input[0]
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "value", "sites"),
+    [
+        (lambda model: cross_branches(model, np.random.default_rng(0)), "ffn", ["up", "down"]),
+        (wrong_head, "y", []),
+    ],
+)
+def test_it_is_cut_to_where_the_models_part(
+    command: Command,
+    pair: tuple[onnx.ModelProto, onnx.ModelProto],
+    tmp_path: Path,
+    corrupt: Callable[[onnx.ModelProto], None],
+    value: str,
+    sites: list[str],
+) -> None:
+    original, corrupted = pair
+    corrupt(corrupted)
+    line, folder = validated(command, original, corrupted, tmp_path)
+    text = (folder / "README.md").read_text("utf-8")
+    assert f"`{value}`" in text
+    assert "Sites in between: " + (", ".join(f"`{site}`" for site in sites) or "none") in text
+    assert (
+        line.split("claim A does not hold: ")[1].split("; see ")[0].split("; claim B")[0]
+        in text
+    )
+    before, after = run_both(folder, "annealed.onnx")
+    assert np.abs(before - after).max() > 1e-3
+    whole = {node.name for node in original.graph.node}
+    part = {node.name for node in onnx.load(folder / "annealed.onnx").graph.node}
+    assert part < whole
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_the_line_in_it_runs(
+    command: Command, pair: tuple[onnx.ModelProto, onnx.ModelProto], tmp_path: Path
+) -> None:
+    original, corrupted = pair
+    wrong_head(corrupted)
+    _, folder = validated(command, original, corrupted, tmp_path)
+    before, after = run_both(folder, "annealed.onnx")
+    stated = (folder / "README.md").read_text("utf-8").split("Largest difference here: ")[1]
+    assert float(stated.split()[0].rstrip(".")) == pytest.approx(
+        float(np.abs(before - after).max()), rel=1e-2
+    )
+
+
+def test_a_wrong_weight_is_cut_out_with_its_region(
+    command: Command, pair: tuple[onnx.ModelProto, onnx.ModelProto], tmp_path: Path
+) -> None:
+    original, corrupted = pair
+    name = block_name(corrupted, "down", 0)
+    set_array(corrupted, name, array_of(corrupted, name) * np.float32(1.01))
+    line, folder = validated(command, original, corrupted, tmp_path)
+    assert "site 'down'" in line
+    text = (folder / "README.md").read_text("utf-8")
+    assert "Sites in between: `up`, `down`" in text
+    before, after = run_both(folder, "original.onnx")
+    assert np.abs(before - after).max() > 0
+
+
+def test_renumbered_units_are_no_divergence(command: Command, tmp_path: Path) -> None:
+    """Values whose units stand in another order agree; what comes behind them is looked at."""
+    rng = np.random.default_rng(0)
+    original = residual_stack((24, 48), Blocks(3), np.float32, rng, depth=2).model
+    corrupted = rewrite_once(original, "auto").model
+    assert corrupted is not None
+    last = next(node for node in reversed(corrupted.graph.node) if node.op_type == "Relu")
+    last.op_type = "Abs"
+    for entry in list(last.metadata_props):
+        last.metadata_props.remove(entry)
+    _, folder = validated(command, original, corrupted, tmp_path)
+    assert (folder / "README.md").is_file()
+
+
+def test_no_report_no_reproducer(
+    command: Command, pair: tuple[onnx.ModelProto, onnx.ModelProto], tmp_path: Path
+) -> None:
+    original, corrupted = pair
+    wrong_head(corrupted)
+    paths = save(original, tmp_path / "in.onnx"), save(corrupted, tmp_path / "out.onnx")
+    assert command("validate", *paths, "--samples", "1").code == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"in.onnx", "out.onnx"}
+
+
+def test_nothing_is_left_where_claim_a_holds(
+    command: Command, pair: tuple[onnx.ModelProto, onnx.ModelProto], tmp_path: Path
+) -> None:
+    paths = save(pair[0], tmp_path / "in.onnx"), save(pair[1], tmp_path / "out.onnx")
+    report = tmp_path / "report.json"
+    assert command("validate", *paths, "--samples", "1", "--report", report).code == 0
+    assert json.loads(report.read_text("utf-8"))["reproducer"] is None
+    assert not (tmp_path / "report.reproducer").exists()
+
+
+def test_tensors_of_the_parts_are_all_inside(
+    command: Command, pair: tuple[onnx.ModelProto, onnx.ModelProto], tmp_path: Path
+) -> None:
+    original, corrupted = pair
+    wrong_activation(corrupted)
+    _, folder = validated(command, original, corrupted, tmp_path)
+    for path in folder.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            assert not tensor.external_data
+            assert numpy_helper.to_array(tensor).size
