@@ -132,6 +132,7 @@ def _proved(
         len(tried.recurrent.rewrites),
     )
     model = stage.put(_rewrite(tried, options), original)
+    stage.freed()
     return Made(
         tried,
         model,

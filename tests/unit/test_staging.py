@@ -62,6 +62,7 @@ def test_weights_are_on_disk_while_the_model_is_checked(tmp_path: Path) -> None:
     with staging(source, output) as stage:
         stage.put(rewritten(source), source)
         staged = stage.put(rewritten(source), source)  # in the place of the first
+        stage.freed()
         (tensor,) = external_tensors(staged.proto)
         assert isinstance(read_tensor(staged, tensor), np.memmap)
         assert staged.label == source.label
