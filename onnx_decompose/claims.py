@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from onnx_decompose.model_io import Model
     from onnx_decompose.samples import Samples
 
-__all__ = ["AnnealingClaim", "Inputs", "StructuralClaim", "Tolerance", "Validation"]
+__all__ = [
+    "AnnealingClaim",
+    "BoundCheck",
+    "Inputs",
+    "StructuralClaim",
+    "Tolerance",
+    "Validation",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +123,25 @@ class AnnealingClaim:
         return self.passed
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class BoundCheck:
+    """One part of the models against the running error bound of ``analysis.rounding_bound``.
+
+    Attributes:
+        value: what it makes.
+        sites: the sites in it.
+        bound: largest error that theory allows, relative to the value's largest entry.
+        annealed: largest error of the annealed model as a share of what is allowed of that entry.
+        rewritten: the same of the rewritten model.
+    """
+
+    value: str
+    sites: tuple[str, ...]
+    bound: float
+    annealed: float
+    rewritten: float
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Validation:
     """Both claims; true if both hold.
@@ -124,11 +150,13 @@ class Validation:
         structural: claim A; None for a model that this tool did not rewrite.
         annealing: claim B.
         reproducer: folder with the smallest parts that show why claim A fails, where one was asked for and made.
+        bounds: errors of rewritten sites against a bound from theory: for information, where it was asked for.
     """
 
     structural: StructuralClaim | None
     annealing: AnnealingClaim
     reproducer: Path | None = None
+    bounds: tuple[BoundCheck, ...] = ()
 
     def __bool__(self) -> bool:
         return (self.structural is None or self.structural.passed) and self.annealing.passed

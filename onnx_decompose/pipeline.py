@@ -33,6 +33,7 @@ from onnx_decompose.region_bench import RegionBench
 from onnx_decompose.reproducer import reproduce, write_reproducer
 from onnx_decompose.samples import load_inputs
 from onnx_decompose.schedule import anneal_within_budget, attempt_with, measure_annealed
+from onnx_decompose.second_opinion import second_opinion
 from onnx_decompose.sessions import Provider, resolve_provider
 from onnx_decompose.staging import staging
 from onnx_decompose.study import study_model
@@ -175,6 +176,7 @@ def validate(  # noqa: PLR0913 (the command's options)
         metric: what claim B measures, as in ``Options``: a budget means nothing without it.
         provider: where to run.
         reproducer: folder to write, where claim A fails: the smallest parts of both models that show it, and inputs.
+            Where it holds, the bounds of the rewritten sites are worked out.
 
     Raises:
         InputError: a model or the inputs cannot be used, or are not versions of one model.
@@ -198,8 +200,11 @@ def validate(  # noqa: PLR0913 (the command's options)
             tolerance=tolerance,
         )
         claim = validation.structural
-        if reproducer is None or claim is None or claim:
+        if reproducer is None or claim is None:
             return validation
+        if claim:
+            bounds = second_opinion(before, after, where)
+            return dataclasses.replace(validation, bounds=bounds)
         found = reproduce(before, after, claim, where)
     if found is None:
         return validation

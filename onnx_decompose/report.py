@@ -180,6 +180,7 @@ def validation_json(version: str, model: str, validation: Validation) -> dict[st
         "version": version,
         "model": model,
         "passed": bool(validation),
+        "bounds": [dataclasses.asdict(check) for check in validation.bounds],
         "reproducer": None if validation.reproducer is None else str(validation.reproducer),
         "claims": claims_json(validation.structural, validation.annealing),
     }

@@ -22,7 +22,7 @@ from onnx_decompose.sites import find_sites
 from onnx_decompose.tensors import is_float
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
 
     import onnx
@@ -34,12 +34,22 @@ if TYPE_CHECKING:
     from onnx_decompose.sessions import Provider
     from onnx_decompose.sites import Site
 
-__all__ = ["Reproducer", "reproduce", "write_reproducer"]
+__all__ = [
+    "Reproducer",
+    "agreeing",
+    "first_value",
+    "part_of_both",
+    "reproduce",
+    "write_reproducer",
+]
 
 logger = logging.getLogger(__name__)
 
 _AT_A_TIME = 32
 """Values inside the models that are compared in one run."""
+
+_ABOUT = 1e-2
+"""How far values of two models that are to be the same may be apart, relative to their size, to count as that."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +172,8 @@ def _of_weights(
 ) -> Reproducer | None:
     """The smallest part with the site, or the tensor, that the fault names; no run can tell which weight is wrong."""
     named = re.findall(r"'([^']+)'", fault)
-    values = (_first_value(original, rewritten, name) for name in named)
+    upstream = set(_common(original, rewritten))
+    values = (first_value(original, upstream, name) for name in named)
     found = next(filter(None, values), None)
     if found is None:
         return None
@@ -173,16 +184,14 @@ def _of_weights(
             lambda other: made_up_cases(original.proto, seeds=1, rng=rng, other=other), session
         )
     )
-    upstream = set(_common(original, rewritten))
     models = (original, rewritten)
     return _cut_both(models, {*case.feeds, *upstream}, found, fault, case, provider, False)
 
 
-def _first_value(original: Model, rewritten: Model, named: str) -> str | None:
-    """The first value of both models that a site or tensor of ``original`` has a part in."""
+def first_value(original: Model, common: Collection[str], named: str) -> str | None:
+    """The first of the ``common`` values that a site or tensor of ``original`` has a part in."""
     sites = {site.name: site.output for site in _sites(original)}
     reached = {sites.get(named, named)}
-    common = set(_common(original, rewritten))
     for node in original.proto.graph.node:
         if node.name == named or not reached.isdisjoint((*reads(node), *node.output)):
             reached.update(filter(None, node.output))
@@ -203,13 +212,8 @@ def _cut_both(  # noqa: PLR0913, PLR0917 (what a reproducer is made of)
 ) -> Reproducer:
     """Both models between the values that agree and ``value``; from the inputs on where that alone shows nothing."""
     made = None
-    for frontier in (agree, set(case.feeds)):
-        inputs = [name for model in models for name in _inputs_of(model, frontier, value)]
-        inner = [name for name in dict.fromkeys(inputs) if name not in case.feeds]
-        wanted = with_outputs(models[0], [*inner, value])
-        values = {**case.feeds, **open_model(wanted, provider).run(case.feeds)}
-        parts = [cut(model, frontier, value, values)[0] for model in models]
-        feeds = {name: values[name] for name in dict.fromkeys(inputs)}
+    for frontier in (agree, set[str]()):
+        parts, feeds, sites = part_of_both(models, frontier, value, case, provider)
         # A part without inputs is run on none; both are given all that either reads.
         outputs = [
             open_model(Model(part), provider).run(
@@ -218,7 +222,6 @@ def _cut_both(  # noqa: PLR0913, PLR0917 (what a reproducer is made of)
             for part in parts
         ]
         deviation = compare(outputs[0], outputs[1], None)[1]
-        sites = tuple(site.name for site in _sites(Model(parts[0])))
         made = Reproducer(
             value, sites, fault, parts[0], parts[1], feeds, deviation, is_annealed
         )
@@ -226,6 +229,41 @@ def _cut_both(  # noqa: PLR0913, PLR0917 (what a reproducer is made of)
             break
     assert made is not None
     return made
+
+
+def agreeing(first: Model, second: Model, case: Case, provider: Provider) -> set[str]:
+    """The floats of the main graph that both models have, about equal and with their units in one order."""
+    found: set[str] = set()
+    names = _common(first, second)
+    for start in range(0, len(names), _AT_A_TIME):
+        part = names[start : start + _AT_A_TIME]
+        values = [
+            open_model(with_outputs(model, part), provider).run(case.feeds)
+            for model in (first, second)
+        ]
+        for name in part:
+            size, deviation, _, _ = compare(values[0][name], values[1][name], None)
+            if is_float(values[0][name].dtype) and deviation <= _ABOUT * size:
+                found.add(name)
+    return found
+
+
+def part_of_both(
+    models: tuple[Model, Model], agree: set[str], value: str, case: Case, provider: Provider
+) -> tuple[list[onnx.ModelProto], Feeds, tuple[str, ...]]:
+    """What makes ``value`` of the values before it on which both models agree.
+
+    Returns:
+        The part of each model, the first model's values at its border, and the sites in it.
+    """
+    frontier = {*case.feeds, *agree}
+    inputs = [name for model in models for name in _inputs_of(model, frontier, value)]
+    inner = [name for name in dict.fromkeys(inputs) if name not in case.feeds]
+    wanted = with_outputs(models[0], [*inner, value])
+    values = {**case.feeds, **open_model(wanted, provider).run(case.feeds)}
+    parts = [cut(model, frontier, value, values)[0] for model in models]
+    sites = tuple(site.name for site in _sites(Model(parts[0])))
+    return parts, {name: values[name] for name in dict.fromkeys(inputs)}, sites
 
 
 def _inputs_of(model: Model, frontier: set[str], value: str) -> list[str]:
