@@ -12,6 +12,7 @@ import numpy as np
 from onnx_decompose.cases import open_model, runnable
 from onnx_decompose.claims import StructuralClaim
 from onnx_decompose.errors import ModelError
+from onnx_decompose.nudged import nudged
 from onnx_decompose.reference import Reference, open_reference
 from onnx_decompose.rounding import Compared, compare, misses
 from onnx_decompose.sessions import Provider, SessionSettings
@@ -52,7 +53,7 @@ def measure_structural(
     with_tf32 = None
     if provider is Provider.CUDA:
         with_tf32 = open_model(rewritten, provider, settings=SessionSettings(tf32=True))
-    exact = _Exact(annealed)
+    exact, quantizers = _Exact(annealed), _Quantizers(annealed, provider)
     compared: list[Compared] = []
     cases: dict[str, Case] = {}
     repeatable: bool | None = None
@@ -70,7 +71,7 @@ def measure_structural(
             continue
         if repeatable is None:
             repeatable = _same_bytes(got, candidate.run(case.feeds))
-        compared += _compared(case, expected, got, exact, dense)
+        compared += _compared(case, expected, got, exact, (dense, quantizers))
         if with_tf32 is not None:
             rounded = with_tf32.run(case.feeds)
             tf32 += [_relative(expected[name], rounded[name]) for name in expected]
@@ -134,10 +135,39 @@ class _Exact:
         self.how = f"the types' tolerances; no float64 reference: {reason}"
 
 
+class _Quantizers:
+    """The annealed model with what it quantizes moved a little; opened when it is asked for."""
+
+    def __init__(self, annealed: Model, provider: Provider) -> None:
+        self._annealed = annealed
+        self._provider = provider
+
+    @functools.cached_property
+    def _session(self) -> Session | None:
+        model = nudged(self._annealed)
+        try:
+            return None if model is None else open_model(model, self._provider, settings=_GATE)
+        except ModelError as error:
+            logger.info("quantizers are not moved: %s", error)
+            return None
+
+    def movement(self, case: Case, name: str, expected: NDArray[Any]) -> float:
+        """How far an output moves when some values are rounded to the next step; 0 if that is not known."""
+        if self._session is None:
+            return 0.0
+        moved = compare(expected, self._session.run(case.feeds)[name], None)[1]
+        return moved if np.isfinite(moved) else 0.0
+
+
 def _compared(
-    case: Case, expected: Feeds, got: Feeds, exact: _Exact, session: Session
+    case: Case,
+    expected: Feeds,
+    got: Feeds,
+    exact: _Exact,
+    annealed: tuple[Session, _Quantizers],
 ) -> list[Compared]:
     truth = exact.outputs(case)
+    session, quantizers = annealed
     return [
         Compared(
             name,
@@ -146,6 +176,7 @@ def _compared(
             value.dtype,
             *compare(value, got[name], truth.get(name)),
             moves=functools.partial(_movement, session, case, name, value),
+            steps=functools.partial(quantizers.movement, case, name, value),
         )
         for name, value in expected.items()
     ]

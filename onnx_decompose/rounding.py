@@ -5,6 +5,9 @@ as the annealed model's own, plus ``FLOOR`` units in the last place. What the an
 the largest over all draws of one kind of inputs, so that neither ill-conditioned models raise false alarms nor
 well-conditioned ones get more room than they need.
 
+Where a quantizer rounds a value half way between two steps, a last bit decides on a whole step: an output may move as
+far as the annealed model's does when some of what it quantizes goes to the next step (``nudged``).
+
 Without a reference: within the tolerance of the type, or a few times as far as the annealed model moves when the last
 bits of its inputs do.
 """
@@ -67,6 +70,7 @@ class Compared:
         annealed: error of the annealed model; None without a reference.
         rewritten: error of the rewritten model; None without a reference.
         moves: gives how far the annealed model's output moves with the last bits of its inputs.
+        steps: gives how far it moves where quantizers round some values to the next step; 0 without any.
     """
 
     output: str
@@ -78,6 +82,7 @@ class Compared:
     annealed: float | None
     rewritten: float | None
     moves: Callable[[], float]
+    steps: Callable[[], float] = lambda: 0.0
 
     @property
     def relative(self) -> float:
@@ -136,6 +141,9 @@ def misses(
         size = max(one.size, usual.get(one.output, 0.0))
         pool = pools.get((one.output, one.kind))
         error, allowed = _verdict(one, size, pool, tolerance)
+        if tolerance is None and allowed < error < float("inf"):
+            # Nothing of finite accuracy can tell on which side of two steps a value half way lies.
+            allowed = max(allowed, one.steps())
         if not error <= allowed:
             scale = one.size or 1.0
             found.append((one, error / scale, allowed / scale))
