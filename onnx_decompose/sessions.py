@@ -27,6 +27,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from onnx_decompose.errors import DataError, ModelError, OptionError, ProviderError
+from onnx_decompose.runtime_faults import unsafe_optimizers
 from onnx_decompose.tensors import BFLOAT16, TensorSpec, tensor_dtype
 
 if TYPE_CHECKING:
@@ -60,13 +61,15 @@ _GRAPH_ID = "gpu_graph_id"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _TRIAL = f"""
 import pathlib, sys, numpy, onnxruntime
-model, trials, folder = sys.argv[1:]
+model, trials, folder, *unsafe = sys.argv[1:]
 onnxruntime.set_default_logger_severity({_FATAL_ONLY})
 options = onnxruntime.SessionOptions()
 if folder:
     options.add_session_config_entry("{_DATA_FOLDER}", folder)
 content = pathlib.Path(model).read_bytes() if folder else model
-session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(
+    content, options, providers=["CPUExecutionProvider"], disabled_optimizers=set(unsafe)
+)
 names = [value.name for value in session.get_inputs()]
 feeds = {{}}
 for path in sorted(pathlib.Path(trials).glob("*.npy")):
@@ -253,7 +256,8 @@ class Session:
                     target = Path(folder) / f"{number}.{self._names.index(name)}.npy"
                     np.save(target, array, allow_pickle=False)
             data_folder = str(options.get("data_folder") or "")
-            command = [sys.executable, "-c", _TRIAL, str(path), folder, data_folder]
+            unsafe = sorted(unsafe_optimizers(path))
+            command = [sys.executable, "-c", _TRIAL, str(path), folder, data_folder, *unsafe]
             done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode < 0:
             logger.info("%s: onnxruntime ended with signal %d", self.label, -done.returncode)
@@ -357,12 +361,19 @@ def open_session(
         options.add_external_initializers(list(weights), values)
     cuda = _cuda_options(settings) if provider is Provider.CUDA else {}
     source = model if isinstance(model, bytes) else os.fspath(model)
+    without: dict[str, set[str]] = {}
+    if provider is Provider.CPU and settings.optimize:
+        unsafe = unsafe_optimizers(model if isinstance(model, bytes) else Path(model))
+        if unsafe:
+            logger.info("%s: loaded without %s, which would end the process", label, *unsafe)
+            without = {"disabled_optimizers": unsafe}
     try:
         session = onnxruntime.InferenceSession(
             source,
             options,
             providers=[(provider.execution_provider, cuda)],
             enable_fallback=False,
+            **without,
         )
     except Exception as error:  # onnxruntime's errors share no base class
         raise _load_error(error, label, provider) from error
