@@ -152,8 +152,11 @@ def _common_options(command: Callable[..., R]) -> Callable[..., R]:
             format="%(message)s",
             force=True,
         )
-        with progress(Console(stderr=True), enabled=not (quiet or verbose)):
-            return command(*args, console=_console(quiet=quiet), **kwargs)
+        try:
+            with progress(Console(stderr=True), enabled=not (quiet or verbose)):
+                return command(*args, console=_console(quiet=quiet), **kwargs)
+        except KeyboardInterrupt as error:  # click would print an empty line
+            raise click.Abort from error
 
     return wrapped
 

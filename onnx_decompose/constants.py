@@ -32,6 +32,10 @@ _RANDOM = {
 _MOST_DENSE = 2**31
 """Bytes that a sparse tensor may take when it is made dense."""
 
+_SMALL_DENSE = 2**26
+_MOST_GROWTH = 1000
+"""How much larger than what is stored: a sparse tensor of over ``_SMALL_DENSE`` bytes that holds less is no weight."""
+
 
 class Constants:
     """The constants of a model's main graph by value name.
@@ -106,8 +110,13 @@ class Constants:
     def _store_sparse(self, name: str, sparse: onnx.SparseTensorProto) -> None:
         """Take a sparse tensor as the dense one that it stands for, unless that is huge."""
         dtype = onnx.helper.tensor_dtype_to_np_dtype(sparse.values.data_type)
-        if math.prod(sparse.dims) * dtype.itemsize > _MOST_DENSE:
+        size = math.prod(sparse.dims) * dtype.itemsize
+        stored = math.prod(sparse.values.dims) * dtype.itemsize
+        if size > _MOST_DENSE:
             self.computed[name] = ("sparse tensor of over 2 GB",)
+            return
+        if size > max(_SMALL_DENSE, _MOST_GROWTH * stored):
+            self.computed[name] = ("sparse tensor with next to no entries",)
             return
         dense = np.zeros(tuple(sparse.dims), dtype)
         places = read_tensor(self._model, sparse.indices)

@@ -58,6 +58,9 @@ __all__ = [
 ]
 
 
+_MOST_NODES = 1_000_000
+"""Nodes that a model's functions may stand for: onnx's shape inference goes through all of them."""
+
 _PACKED = {"UINT4": 2, "INT4": 2, "FLOAT4E2M1": 2, "UINT2": 4, "INT2": 4}
 """How many numbers of a type share a byte."""
 
@@ -404,6 +407,40 @@ def _check_graph(model: Model) -> None:
         _check_size(model, tensor)
     _check_order(model, seen)
     _check_attributes(model, proto.graph)
+    _check_calls(model)
+
+
+def _check_calls(model: Model) -> None:
+    """Functions that call each other twice, again and again, are a small file and more nodes than anybody can read."""
+    functions = {(f.domain, f.name, f.overload): f for f in model.proto.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+    waiting = {key: _nodes_in(function.node) for key, function in functions.items()}
+    found = True
+    while found:  # those that call only what is counted come next; what stays calls itself
+        found = False
+        for key, nodes in list(waiting.items()):
+            called = [(node.domain, node.op_type, node.overload) for node in nodes]
+            if not any(other in waiting for other in called):
+                sizes[key] = sum(sizes.get(other, 1) for other in called)
+                del waiting[key]
+                found = True
+    nodes = _nodes_in(model.proto.graph.node)
+    count = sum(sizes.get((node.domain, node.op_type, node.overload), 1) for node in nodes)
+    if count > max(_MOST_NODES, 2 * len(nodes)):
+        raise ModelError(
+            f"{model.label}: its functions call each other so often that they stand for {count:.2g} nodes; inline "
+            "those that matter, and export the model again"
+        )
+
+
+def _nodes_in(nodes: Iterable[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Nodes and those of the graphs in them."""
+    found = list(nodes)
+    for node in found:  # grows as it goes
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                found.extend(inner.node)
+    return found
 
 
 def _check_attributes(model: Model, graph: onnx.GraphProto) -> None:

@@ -20,6 +20,7 @@ from onnx_decompose.errors import DataError
 from onnx_decompose.tensors import BFLOAT16, TensorSpec, is_float
 
 if TYPE_CHECKING:
+    import zipfile
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["Samples", "load_inputs", "samples_from_arrays"]
 
 logger = logging.getLogger(__name__)
+
+_SMALL = 2**28
+_MOST_GROWTH = 100
+"""A file that unpacks to over ``_SMALL`` bytes may grow this much: more is a mistake, or an attack on memory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -333,9 +338,22 @@ def _loaded(file: Path) -> NDArray[Any] | Feeds:
             content = np.load(stream, allow_pickle=False)
             if isinstance(content, np.ndarray):
                 return content
+            _check_growth(file, content.zip)
             return {name: np.asarray(content[name]) for name in content.files}
+    except DataError:
+        raise
     except Exception as error:  # numpy lets whatever zipfile, zlib and tokenize raise through
         raise _unreadable(file, error) from error
+
+
+def _check_growth(file: Path, archive: zipfile.ZipFile) -> None:
+    """Refuse an archive that is small and unpacks to more than memory may hold."""
+    unpacked = sum(member.file_size for member in archive.infolist())
+    stored = file.stat().st_size
+    if unpacked > max(_SMALL, _MOST_GROWTH * stored):
+        raise DataError(
+            f"{file}: unpacks to {unpacked / stored:.0f} times its size; save it with numpy.savez, uncompressed"
+        )
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:

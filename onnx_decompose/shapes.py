@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import onnx
+from onnx.external_data_helper import uses_external_data
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,7 +91,7 @@ def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
         if sparse.values.name not in inputs
     )
     for tensor in proto.graph.initializer:
-        if tensor.ByteSize() <= _SMALL:
+        if tensor.ByteSize() <= _SMALL and not uses_external_data(tensor):
             graph.initializer.append(tensor)
         elif tensor.name not in inputs:
             graph.input.append(

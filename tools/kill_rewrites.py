@@ -17,7 +17,6 @@ import importlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnx_decompose import cli
 from onnx_decompose.model_io import external_files, load_model
+from tests.e2e.forked import Run
 from tests.e2e.planted import Recipe, plant, save
 
 RECIPE = Recipe(blocks=((24, 96, 24),) * 6)
@@ -52,55 +51,14 @@ class State:
         return cls(path.read_bytes(), tuple(file.read_bytes() for file in files))
 
 
-class Run:
+def rewriting(source: Path, output: Path, emit: str) -> Run:
     """``rewrite`` in a copy of this process, so that every moment of its life is one of the rewrite."""
-
-    def __init__(self, source: Path, output: Path, emit: str) -> None:
-        self._told = tempfile.TemporaryFile()  # noqa: SIM115 (closed by wait)
-        self._pid = os.fork()
-        if not self._pid:
-            os.dup2(self._told.fileno(), 1)
-            os.dup2(self._told.fileno(), 2)
-            sys.argv = [
-                "",
-                "rewrite",
-                str(source),
-                "-o",
-                str(output),
-                "--emit",
-                emit,
-                *_OPTIONS,
-            ]
-            code = 1
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-            finally:
-                os._exit(code)
-
-    def kill(self) -> None:
-        """Kill -9."""
-        os.kill(self._pid, signal.SIGKILL)
-
-    def is_over(self) -> bool:
-        """Whether the process has ended; it still has to be waited for."""
-        found = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        return found is not None
-
-    def wait(self) -> tuple[int, str]:
-        """The exit code and what was printed."""
-        _, status = os.waitpid(self._pid, 0)
-        self._told.seek(0)
-        told = self._told.read().decode()
-        self._told.close()
-        return os.waitstatus_to_exitcode(status), told
+    return Run("rewrite", source, "-o", output, "--emit", emit, *_OPTIONS)
 
 
 def finish(source: Path, output: Path, emit: str) -> None:
     """An undisturbed run."""
-    code, told = Run(source, output, emit).wait()
+    code, told = rewriting(source, output, emit).wait()
     assert code == 0, told
 
 
@@ -145,9 +103,9 @@ class Scene:
             for file in (self.folder / "shrink").iterdir():
                 shutil.copyfile(file, folder / file.name)
         before = State.of(output)
-        run = Run(self.source, output, "split")
+        run = rewriting(self.source, output, "split")
         self._wait(run, folder, rng, writing=writing)
-        run.kill()
+        run.send(signal.SIGKILL)
         run.wait()
         after = State.of(output)
         finish(self.source, output, "split")
