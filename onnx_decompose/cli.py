@@ -152,11 +152,8 @@ def _common_options(command: Callable[..., R]) -> Callable[..., R]:
             format="%(message)s",
             force=True,
         )
-        try:
-            with progress(Console(stderr=True), enabled=not (quiet or verbose)):
-                return command(*args, console=_console(quiet=quiet), **kwargs)
-        except KeyboardInterrupt as error:  # click would print an empty line
-            raise click.Abort from error
+        with progress(Console(stderr=True), enabled=not (quiet or verbose)):
+            return command(*args, console=_console(quiet=quiet), **kwargs)
 
     return wrapped
 
@@ -438,7 +435,7 @@ def main() -> None:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, _AskedToEnd):
         _fail("interrupted; every file that is there is whole", _EXIT_INTERRUPTED)
     except DecomposeError as error:
         _fail(str(error), error.exit_code)
@@ -453,10 +450,20 @@ def main() -> None:
         )
 
 
+class _AskedToEnd(BaseException):
+    """Ctrl-C, or a request to end as a job scheduler sends it: what is half done goes, and then the process.
+
+    Not a ``KeyboardInterrupt``, for which click prints an empty line of its own.
+    """
+
+
 def _end_when_asked() -> None:
-    """Take a request to end, as of a job scheduler, like Ctrl-C: what is half done goes first."""
+    def end(*_: object) -> None:
+        raise _AskedToEnd
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
 
 
 def _fail(message: str, code: int) -> None:

@@ -117,7 +117,7 @@ def read_tensor(model: Model, tensor: onnx.TensorProto) -> NDArray[Any]:
         if uses_external_data(tensor):
             return _read_external(model, tensor)
         return numpy_helper.to_array(tensor)
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
             f"{model.label}: tensor '{tensor.name}' is broken ({_one_line(error)}); export the model again"
         ) from error
@@ -130,7 +130,10 @@ def external_bytes(model: Model, tensor: onnx.TensorProto) -> NDArray[np.uint8]:
     length = path.stat().st_size - offset if length is None else length
     if not length:
         return np.empty(0, np.uint8)
-    mapped: NDArray[np.uint8] = np.memmap(str(path), np.uint8, "r", offset, (length,))
+    try:
+        mapped: NDArray[np.uint8] = np.memmap(str(path), np.uint8, "r", offset, (length,))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); check who may") from error
     return mapped
 
 

@@ -48,7 +48,7 @@ def command(
     """The command line as its entry point runs it, without a process of its own."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    asked_to_end = signal.getsignal(signal.SIGTERM)
+    asked_to_end = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["onnx-decompose", *map(str, arguments)])
@@ -65,7 +65,8 @@ def command(
     yield run
     root.handlers[:] = handlers
     root.setLevel(level)
-    signal.signal(signal.SIGTERM, asked_to_end)
+    for number, handler in asked_to_end.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from tools.kill_rewrites import Scene, State
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.e2e.conftest import Command
+
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]
 
 SPLIT = ("--emit", "split", "--force", "--batch", "1")
@@ -128,12 +130,17 @@ def test_a_folder_that_may_only_be_read(open_folder: Path) -> None:
     assert names(output.parent) == set()
 
 
-def test_an_input_that_may_only_be_read(open_folder: Path) -> None:
+def test_an_input_that_may_only_be_read(
+    command: Command, open_folder: Path, tmp_path: Path
+) -> None:
     model = plant(Recipe(blocks=((6, 12, 5),) * 3), np.random.default_rng(0)).model
     (open_folder / "in").mkdir()
     source = save(model, open_folder / "in" / "model.onnx", external=True)
+    # Once here: what Python imports late may lie where only this user may read.
+    assert command("rewrite", source, "-o", tmp_path / "out.onnx", *SPLIT).code == 0
     before = source.read_bytes()
-    source.chmod(0o444)
+    for file in source.parent.iterdir():
+        file.chmod(0o444)
     source.parent.chmod(0o555)
     (open_folder / "out").mkdir()
     (open_folder / "out").chmod(0o777)
@@ -143,6 +150,15 @@ def test_an_input_that_may_only_be_read(open_folder: Path) -> None:
     State.of(output)
     assert source.read_bytes() == before
     assert names(source.parent) == {"model.onnx", "model.onnx.data"}
+
+
+def test_data_that_may_not_be_read(open_folder: Path) -> None:
+    model = plant(Recipe(blocks=((6, 12, 5),) * 3), np.random.default_rng(0)).model
+    source = save(model, open_folder / "model.onnx", external=True)
+    (open_folder / "model.onnx.data").chmod(0)
+    code, told = Run("analyze", source, prepare=as_nobody).wait()
+    assert (code, len(told.splitlines())) == (2, 1)
+    assert "Permission denied" in told
 
 
 def test_a_model_that_may_not_be_read(open_folder: Path) -> None:
