@@ -7,6 +7,8 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING
 
+import onnxruntime  # noqa: F401 (loaded here, so that no copy is interrupted while it loads)
+
 from onnx_decompose import cli
 
 if TYPE_CHECKING:
