@@ -24,7 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_decompose.analysis.gram import MomentAccumulator
-from onnx_decompose.analysis.refit import Compensation, degrees_of_freedom, refit_weight
+from onnx_decompose.analysis.refit import (
+    Compensation,
+    Groups,
+    degrees_of_freedom,
+    refit_weight,
+)
 from onnx_decompose.biases import find_biases
 from onnx_decompose.closing import restore
 from onnx_decompose.errors import DataError
@@ -107,6 +112,7 @@ class Proposal:
         masks: by site name, (K, N) bool; sites that are not named stay as they are.
         starts: entries to begin with in the place of the original's, (K, N) by site name.
         focus: which rows count for which outputs; None for all alike.
+        equal: outputs that get one column, the mean of theirs, by site name; without a focus.
         family: proposals of one family are nested, or nearly so: a faster one is a less exact one.
     """
 
@@ -114,7 +120,20 @@ class Proposal:
     masks: Masks
     starts: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     focus: Focus | None = None
+    equal: Mapping[str, Groups] = dataclasses.field(default_factory=dict)
     family: str = ""
+
+    def start(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
+        """The entries of ``site`` before any refit, (K, N), given the original's."""
+        start = np.where(
+            self.masks[site.name],
+            self.starts.get(site.name, weight),
+            np.zeros((), weight.dtype),
+        )
+        if site.name not in self.equal:
+            return start
+        groups = self.equal[site.name]
+        return groups.mean(start)[:, groups.labels].astype(weight.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -288,10 +307,14 @@ class _Stage:
 
     def refit(self, current: Model) -> dict[str, Refit]:
         """New weights, where ``current`` is the model as annealed before this value."""
-        weights = {site.name: self.context.study.weight(site) for site in self.sites}
         starts = {
-            name: self.proposal.starts.get(name, weight) for name, weight in weights.items()
+            site.name: self._each(
+                site,
+                self.proposal.starts.get(site.name, self.context.study.weight(site)),
+            )
+            for site in self.sites
         }
+        masks = {site.name: self._mask(site) for site in self.sites}
         new = {name: np.zeros(start.shape) for name, start in starts.items()}
         added = {name: np.zeros(start.shape[1]) for name, start in starts.items()}
         jobs = list(self._jobs())
@@ -302,7 +325,7 @@ class _Stage:
         for job, fit, choose in zip(jobs, fits, choices, strict=True):
             found = refit_weight(
                 self._joined(starts, job),
-                self._joined(self.proposal.masks, job),
+                self._joined(masks, job),
                 fit,
                 choose,
                 self.context.compensation,
@@ -320,12 +343,43 @@ class _Stage:
                 new[name][np.ix_(job.rows, columns)] = found.weight[:, part]
                 added[name][columns] = found.added[part]
                 start += columns.size
-        return {name: Refit(new[name].astype(starts[name].dtype), added[name]) for name in new}
+        return {
+            site.name: self._refit(site, new[site.name], added[site.name], fits)
+            for site in self.sites
+        }
+
+    def _refit(
+        self,
+        site: Site,
+        weight: NDArray[np.float64],
+        added: NDArray[np.float64],
+        fits: Sequence[Moments],
+    ) -> Refit:
+        """A column for every output; those of a group have one, and the constant that their own mean asks for."""
+        groups, original = self.proposal.equal.get(site.name), self.context.study.weight(site)
+        if groups is not None:
+            weight = weight[:, groups.labels]
+            added = np.zeros(site.shape[1])
+            if self.context.compensation != "none":
+                before = self.context.fitted[self.value].mean_x @ original.astype(np.float64)
+                added = before - fits[0].mean_x @ weight
+        return Refit(weight.astype(original.dtype), added)
+
+    def _each(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
+        """One column for each output or group of outputs."""
+        groups = self.proposal.equal.get(site.name)
+        return weight if groups is None else groups.mean(weight)
+
+    def _mask(self, site: Site) -> NDArray[np.bool_]:
+        mask, groups = self.proposal.masks[site.name], self.proposal.equal.get(site.name)
+        return mask if groups is None else mask[:, groups.firsts]
 
     def _jobs(self) -> Iterator[_Job]:
         focus = self.proposal.focus
         if focus is None:
-            everything = {site.name: np.arange(site.shape[1]) for site in self.sites}
+            everything = {
+                site.name: np.arange(self._mask(site).shape[1]) for site in self.sites
+            }
             yield _Job(np.arange(self.sites[0].shape[0]), everything)
             return
         for group in (*range(focus.count), None):
@@ -350,9 +404,12 @@ class _Stage:
             known = (
                 self.context.fitted if samples is self.context.fitting else self.context.choose
             )
-            weights = [study.weight(site) for site in self.sites]
+            weights = [self._each(site, study.weight(site)) for site in self.sites]
             return [known[self.value].through(np.hstack(weights))]
-        wide = {site.name: study.weight(site).astype(np.float64) for site in self.sites}
+        wide = {
+            site.name: self._each(site, study.weight(site)).astype(np.float64)
+            for site in self.sites
+        }
         adding = [MomentAccumulator() for _ in jobs]
         values = [self.value, *(focus.entries if focus else ())]
         for now, before in side_by_side(

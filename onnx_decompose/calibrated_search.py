@@ -25,7 +25,9 @@ from onnx_decompose.calibrated import (
 from onnx_decompose.cost_cache import cost_model
 from onnx_decompose.decay_proposals import decayed_units
 from onnx_decompose.decompose import annealed_model, attempt
+from onnx_decompose.merge_proposals import merged_outputs
 from onnx_decompose.refits import Refit
+from onnx_decompose.removal_proposals import removed_units
 from onnx_decompose.support_proposals import supported_groups
 from onnx_decompose.verify import AnnealingClaim, measure_annealing
 
@@ -46,7 +48,12 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["GENERATORS", "Calibrated", "calibrate_within_budget", "context_for"]
 
-GENERATORS: tuple[Generator, ...] = (decayed_units, supported_groups)
+GENERATORS: tuple[Generator, ...] = (
+    decayed_units,
+    supported_groups,
+    removed_units,
+    merged_outputs,
+)
 """What proposals come from."""
 
 
@@ -99,10 +106,11 @@ def context_for(
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Planned:
-    """A proposal and the predicted cost over dense of what it would become."""
+    """A proposal, the predicted cost over dense of what it would become, and whether that is anything else."""
 
     proposal: Proposal
     cost: float
+    takes_apart: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +156,7 @@ class _Search:
             for proposal in generate(self._context):
                 planned = self._planned(proposal)
                 logger.info("%s: predicted %.2f of the time", proposal.name, planned.cost)
-                if planned.cost < to_beat:
+                if planned.takes_apart and planned.cost < to_beat:
                     families.setdefault(proposal.family, []).append(planned)
         for family in families.values():
             family.sort(key=lambda planned: planned.cost)
@@ -208,11 +216,10 @@ class _Search:
         bare: dict[str, Refit] = {}
         for site in self._context.sites:
             if site.name in proposal.masks:
-                start = proposal.starts.get(site.name, study.weight(site))
-                mask = proposal.masks[site.name]
-                kept = np.where(mask, start, np.zeros((), start.dtype))
-                bare[site.name] = Refit(kept, np.zeros(site.shape[1]))
-        return _Planned(proposal, self._attempt(proposal, bare).predicted_cost)
+                start = proposal.start(site, study.weight(site))
+                bare[site.name] = Refit(start, np.zeros(site.shape[1]))
+        tried = self._attempt(proposal, bare)
+        return _Planned(proposal, tried.predicted_cost, tried.takes_apart)
 
     def _attempt(self, proposal: Proposal, refits: Mapping[str, Refit]) -> Attempt:
         study = self._context.study

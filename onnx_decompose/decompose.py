@@ -186,6 +186,8 @@ class Attempt:
                 values = bias.stored(0.0, dtype)
                 axis = region.axis_of[site.output]
                 kept = np.concatenate([branch.units[axis] for branch in plan.branches])
+                if plan.decision == "shared":  # copies are made of what a branch computes
+                    kept = np.arange(values.size)
                 values[kept] = bias.stored(self.added.get(site.name, 0.0), dtype)[kept]
                 if bias.constant is not None or bias.axes or values.any():
                     found[site] = values

@@ -202,11 +202,13 @@ class SharedEmitter:
 
     def _constant(self, name: str, units: NDArray[np.intp], what: str) -> Value:
         """The value ``name``; if it is a constant with an entry per output, only for the given ``units``."""
-        if not self._is_per_unit(name) or np.array_equal(
-            units, np.arange(self._copies.outputs.size)
-        ):
+        if not self._is_per_unit(name):
             return gs.Variable(name)
-        values = self._constants.array(name)[..., units]
+        values = self._constants.array(name)
+        if np.array_equal(units, np.arange(self._copies.outputs.size)):
+            self._ops.note(name, units, name, rows=math.prod(values.shape[:-1]))
+            return gs.Variable(name)
+        values = values[..., units]
         stored = self._ops.fresh.constant(f"{name}.{what}", values)
         self._ops.note(name, units, stored.name, rows=math.prod(values.shape[:-1]))
         return stored

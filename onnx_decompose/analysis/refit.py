@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RIDGES",
     "Compensation",
+    "Groups",
     "RefitWeight",
     "degrees_of_freedom",
     "refit_weight",
@@ -71,6 +72,33 @@ class RefitWeight:
         """Root mean square over the outputs, each relative to its own spread."""
         kept = self.error[~np.isnan(self.error)]
         return float(np.sqrt(kept.mean())) if kept.size else 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Groups:
+    """Outputs that get one column.
+
+    Attributes:
+        labels: (N,) the group of each output, numbered from 0.
+        weights: (N,) positive, how much each counts in its group's mean; all the same if None.
+    """
+
+    labels: IntArray
+    weights: FloatArray | None = None
+
+    def mean(self, weight: NDArray[np.floating[Any]]) -> FloatArray:
+        """(K, groups) the mean column of each group."""
+        shares = np.ones(self.labels.size) if self.weights is None else self.weights
+        order = np.argsort(self.labels, kind="stable")
+        starts = np.flatnonzero(np.diff(self.labels[order], prepend=-1))
+        weighed = weight[:, order].astype(np.float64) * shares[order]
+        sums: FloatArray = np.add.reduceat(weighed, starts, axis=1)
+        return sums / np.bincount(self.labels, shares)
+
+    @property
+    def firsts(self) -> IntArray:
+        """(groups,) an output of each group."""
+        return np.unique(self.labels, return_index=True)[1]
 
 
 def refit_weight(

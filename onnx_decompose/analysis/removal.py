@@ -1,0 +1,133 @@
+"""Which units a model misses least, if what is left takes over: backward elimination on second moments.
+
+Units h feed sites of weight W each. With V the least squares weight on the units that are left, and P the inverse of
+their covariance, unit i costs |v_i|^2 / P_ii of the outputs' variance when it goes and the others are refitted, as in
+optimal brain surgery (Hassibi and Stork 1993), here for whole rows of V. Then
+
+    V <- V - P_i v_i / P_ii        P <- P - P_i P_i^T / P_ii
+
+One unit at a time, so that of two that say the same only one goes. Means take no part: they go into biases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.linalg
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.intp]
+
+__all__ = ["Removal", "Reader", "removal_order"]
+
+_RIDGE = 1e-6
+"""Of the mean variance of a unit: a covariance of few samples has no inverse."""
+_COMPACT_BELOW = 0.8
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Reader:
+    """A site that reads the units.
+
+    Attributes:
+        covariance: (H, H) of what it reads.
+        weight: (H, N).
+    """
+
+    covariance: FloatArray
+    weight: FloatArray
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Removal:
+    """Units in the order in which they can go.
+
+    Attributes:
+        order: the units that went before the loss was too large, first to last.
+        lost: after each of them, the variance lost over that of the outputs, of all readers together.
+    """
+
+    order: IntArray
+    lost: FloatArray
+
+    def within(self, loss: float) -> IntArray:
+        """The units that go if ``loss`` of the variance may be lost."""
+        return self.order[: np.searchsorted(self.lost, loss, side="right")]
+
+
+def removal_order(readers: Sequence[Reader], most: float = 0.5) -> Removal:
+    """Units of least loss first, one at a time, until ``most`` of the outputs' variance would be lost.
+
+    Args:
+        readers: the sites that read the units.
+        most: share of the variance.
+    """
+    states = [_State(reader) for reader in readers]
+    power = sum(state.power for state in states)
+    units = np.arange(readers[0].weight.shape[0])
+    order: list[int] = []
+    lost: list[float] = []
+    total = 0.0
+    alive = np.ones(units.size, dtype=bool)
+    while alive.any():
+        costs = np.sum([state.costs() for state in states], axis=0)
+        costs[~alive] = np.inf
+        unit = int(np.argmin(costs))
+        total += float(costs[unit])
+        if total > most * power and power > 0:
+            break
+        order.append(int(units[unit]))
+        lost.append(total / power if power > 0 else 0.0)
+        for state in states:
+            state.remove(unit)
+        alive[unit] = False
+        if np.count_nonzero(alive) < _COMPACT_BELOW * alive.size:
+            for state in states:
+                state.keep(alive)
+            units, alive = units[alive], alive[alive]
+    return Removal(np.array(order, dtype=np.intp), np.array(lost))
+
+
+class _State:
+    """V and P of one reader while units go."""
+
+    def __init__(self, reader: Reader) -> None:
+        covariance = reader.covariance
+        self.power = float(np.einsum("ij,ij->", reader.weight, covariance @ reader.weight))
+        mean = float(np.diagonal(covariance).mean())
+        ridged = covariance + max(_RIDGE * mean, 1e-30) * np.eye(covariance.shape[0])
+        self._inverse = scipy.linalg.inv(ridged)
+        self._weight = reader.weight.astype(np.float64).copy()
+
+    def costs(self) -> FloatArray:
+        """What each unit would cost."""
+        squares = np.einsum("ij,ij->i", self._weight, self._weight)
+        diagonal = np.diagonal(self._inverse)
+        # Of a unit that went nothing is left, neither of its weight nor of its row in the inverse.
+        found: FloatArray = np.divide(
+            squares, diagonal, out=np.zeros_like(squares), where=diagonal > 0
+        )
+        return found
+
+    def remove(self, unit: int) -> None:
+        """Let the others take over."""
+        column = self._inverse[:, unit].copy()
+        pivot = column[unit]
+        row = self._weight[unit].copy()
+        self._weight -= np.outer(column / pivot, row)
+        self._inverse -= np.outer(column / pivot, column)
+        self._weight[unit] = 0
+        self._inverse[unit] = 0
+        self._inverse[:, unit] = 0
+
+    def keep(self, alive: NDArray[np.bool_]) -> None:
+        """Forget the units that went."""
+        self._weight = self._weight[alive]
+        self._inverse = self._inverse[np.ix_(alive, alive)]

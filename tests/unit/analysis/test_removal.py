@@ -1,0 +1,76 @@
+"""The order in which units go, and what it is predicted to cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_decompose.analysis.removal import Reader, removal_order
+
+
+def _left(covariance: np.ndarray, weight: np.ndarray, kept: np.ndarray) -> float:
+    """Variance of the outputs that a refit on ``kept`` misses, by least squares."""
+    gram = covariance[np.ix_(kept, kept)]
+    cross = covariance[kept] @ weight
+    explained = np.einsum("ij,ij->", cross, np.linalg.solve(gram, cross))
+    return float(np.einsum("ij,ij->", weight, covariance @ weight) - explained)
+
+
+def _random(rng: np.random.Generator, units: int, outputs: int) -> Reader:
+    samples = rng.normal(size=(4 * units, units)) @ rng.normal(size=(units, units))
+    return Reader(np.cov(samples.T, bias=True), rng.normal(size=(units, outputs)))
+
+
+def test_the_loss_is_that_of_a_refit() -> None:
+    rng = np.random.default_rng(0)
+    reader = _random(rng, 20, 7)
+    removal = removal_order([reader])
+    power = np.einsum("ij,ij->", reader.weight, reader.covariance @ reader.weight)
+    for count in (1, 3, len(removal.order)):
+        kept = np.setdiff1d(np.arange(20), removal.order[:count])
+        assert removal.lost[count - 1] == pytest.approx(
+            _left(reader.covariance, reader.weight, kept) / power, rel=1e-3, abs=1e-6
+        )
+    assert (np.diff(removal.lost) >= 0).all()
+
+
+def test_each_step_takes_the_unit_of_least_loss_then() -> None:
+    rng = np.random.default_rng(1)
+    readers = [_random(rng, 12, 3), _random(rng, 12, 5)]
+    removal = removal_order(readers)
+    kept = np.arange(12)
+    for unit in removal.order[:5]:
+        losses = {
+            other: sum(_left(r.covariance, r.weight, kept[kept != other]) for r in readers)
+            for other in kept
+        }
+        assert losses[unit] == pytest.approx(min(losses.values()), rel=1e-3)
+        kept = kept[kept != unit]
+
+
+def test_of_two_units_that_say_the_same_one_goes_for_nothing() -> None:
+    rng = np.random.default_rng(2)
+    samples = rng.normal(size=(400, 6))
+    samples[:, 5] = 2 * samples[:, 1]
+    reader = Reader(np.cov(samples.T, bias=True), rng.normal(size=(6, 4)))
+    removal = removal_order([reader])
+    assert set(removal.within(1e-4).tolist()) < {1, 5}
+    assert removal.within(1e-4).size == 1
+
+
+def test_constant_units_and_unread_ones_go_first() -> None:
+    rng = np.random.default_rng(3)
+    samples = rng.normal(size=(300, 5))
+    samples[:, 3] = 4.0
+    weight = rng.normal(size=(5, 2))
+    weight[0] = 0
+    reader = Reader(np.cov(samples.T, bias=True), weight)
+    assert {0, 3} <= set(removal_order([reader]).order[:2].tolist())
+
+
+def test_nothing_goes_beyond_the_asked_loss() -> None:
+    reader = _random(np.random.default_rng(4), 30, 4)
+    removal = removal_order([reader], most=0.05)
+    assert removal.lost[-1] <= 0.05
+    assert removal.within(0.01).size < removal.order.size < 30
+    assert removal.within(0.0).size == 0
