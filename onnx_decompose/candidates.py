@@ -15,7 +15,7 @@ import numpy as np
 from onnx_decompose.analysis.cascades import States, find_cascades
 from onnx_decompose.analysis.covers import find_covers
 from onnx_decompose.analysis.structure import ISOLATED, Components
-from onnx_decompose.region_cost import predicted_seconds
+from onnx_decompose.region_cost import WORTH, predicted_seconds
 from onnx_decompose.stacks import Grouping, groupings
 from onnx_decompose.state_graph import Branch, everything
 
@@ -132,6 +132,9 @@ def _cascades(
     if components.sizes.max() * 2 <= sum(graph.axis_sizes):
         return
     stored = sum(edge.mask.size for edge in graph.edges)
+    supported = sum(int(np.count_nonzero(edge.mask)) for edge in graph.edges)
+    if emit == "auto" and supported > WORTH * stored:
+        return  # every supported entry is read: nothing to gain, and dense weights take long to look at
     for cascade in find_cascades(
         States(graph.axis_sizes, graph.edges, set(graph.entries), set(graph.exits)),
         _run_price(graph, cost),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_decompose import candidates
 from onnx_decompose.analysis.structure import Edge
 from onnx_decompose.borders import common_order, gathered_order, layout_of
 from onnx_decompose.cost import CPU, CUDA, CostModel
@@ -526,3 +527,20 @@ def test_every_plan_is_exact(
         check(graph, plan)
         assert (plan.decision == "shrink") == (len(plan.branches) == 1)
         assert emit in {"auto", plan.decision} or {emit, plan.decision} == {"split", "shrink"}
+
+
+def test_cascades_are_not_looked_for_in_dense_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every supported entry is read whatever the order, and the search takes long on them."""
+    looked: list[int] = []
+
+    def find(*_: object, **__: object) -> tuple[()]:
+        looked.append(1)
+        return ()
+
+    monkeypatch.setattr(candidates, "find_cascades", find)
+    for holes, expected in ((1, 0), (40, 1)):
+        mask = np.ones((16, 16), bool)
+        mask.ravel()[:holes] = False
+        graph = StateGraph((16, 16), (Edge(0, 1, mask),), (), (0,), (1,), 4)
+        plan_region(graph, CPU)
+        assert len(looked) == expected
