@@ -37,6 +37,8 @@ __all__ = ["KINDS", "MUTATIONS", "Subject", "Verdict", "judge", "mutated", "subj
 
 ANNEALED = Options(null=f"normal:{NOISE}", criterion="ksigma:3", provider="cpu")
 KEY = "onnx_decompose.decomposition"
+LEAST = 8
+"""Corruptions that a random model must allow, to be worth it."""
 EMITS: dict[str, Emit] = {"residual stack": "auto", "grouped as Conv": "grouped"}
 UNITS = ("rows", "columns", "stored_rows", "stored_columns")
 ATTRIBUTES = {"alpha", "axis", "beta", "group", "keepdims", "perm", "transB"}
@@ -93,11 +95,20 @@ def subjects(wanted: Mapping[str, int], most_seeds: int = 1000) -> list[Subject]
         kinds |= {"folded"} if outcome.tried.added else set()
         kinds |= {"absorbed"} if outcome.tried.absorbed else set()
         for kind in sorted(kinds & missing.keys())[:1]:
-            found.append(Subject(kind, proto, outcome.model))
+            subject = Subject(kind, proto, outcome.model)
+            if _applicable(subject) < LEAST:
+                continue
+            found.append(subject)
             missing[kind] -= 1
             if not missing[kind]:
                 del missing[kind]
     return found
+
+
+def _applicable(subject: Subject) -> int:
+    """How many of the corruptions there is something for in a model."""
+    rng = np.random.default_rng(0)
+    return sum(mutated(subject, mutation, rng) is not None for mutation in MUTATIONS)
 
 
 def _planted(kind: str, rng: np.random.Generator) -> onnx.ModelProto:
