@@ -4,6 +4,7 @@ python -m tools.bench_calibrated deephme MODEL.onnx    budgets 1e-3 and 1e-5, ju
 python -m tools.bench_calibrated multitask             multitask_dense: every task's accuracy before and after, by seed
 python -m tools.bench_calibrated ablate MODEL.onnx     one level on a regression model with one input, parts left out
 python -m tools.bench_calibrated ablate-multitask      the groups of multitask_dense, parts left out
+python -m tools.bench_calibrated control               multitask_dense with its weights, or its inputs, shuffled
 
 MODEL.onnx: DeepHME/models/predict_quantiles3D_DL_v8/predict_quantiles3D_DL_v8_even.onnx of deephme==1.2.0.
 """
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
-from models.metrics import task_accuracy, task_likelihood
+from models.metrics import OUTPUT_SLOTS, task_accuracy, task_likelihood
 from onnx_decompose.calibrated import CalibrationContext, annealed_by, refitted, split_samples
 from onnx_decompose.cases import open_model
 from onnx_decompose.decay_proposals import decayed_units
@@ -45,7 +47,7 @@ MODELS = Path(__file__).parents[1] / "models"
 CALIBRATION, TEST = 6000, 4000
 LEVEL = "decay(0.00056)"
 GROUPS = "support(4 groups, equal, own rows)"
-SIZES = (6000, 3000, 1500, 1000, 600, 400, 300)
+SIZES = (3000, 1500, 800, 500, 300)
 
 
 def report_deephme(path: Path, seeds: int) -> None:
@@ -208,6 +210,57 @@ def report_multitask_ablation() -> None:
         )
 
 
+def report_control() -> None:
+    """What chance gives: every weight's entries in another order, or every input's samples.
+
+    The budget is 0.2 of each task's own outputs, relative L2 against what the same model made of the same inputs.
+    """
+    rng = np.random.default_rng(0)
+    model = load_model(MODELS / "multitask_dense.onnx")
+    with np.load(MODELS / "multitask_dense_calibration.npz") as arrays:
+        given = dict(arrays)
+    shuffled = onnx.ModelProto()
+    shuffled.CopyFrom(model.proto)
+    for tensor in shuffled.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        mixed = rng.permutation(values.ravel()).reshape(values.shape)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(mixed, tensor.name))
+    columns = {**given, "input": rng.permuted(given["input"], axis=0)}
+    print("| what | substructures | weights left | reason |\n|---|---|---|---|")
+    for name, proto, data in (
+        ("as it is", model.proto, given),
+        ("shuffled weights", shuffled, given),
+        ("shuffled inputs", model.proto, columns),
+    ):
+        run = open_model(Model(proto), Provider.CPU).run({"input": data["input"]})
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "calibration.npz"
+            np.savez(path, allow_pickle=False, **data, wanted=run["logits"])
+            options = Options(
+                annealing="calibrated",
+                calibration=path,
+                metric="tools.bench_calibrated:own_outputs",
+                budget=0.2,
+                batch=(256,),
+                force=True,
+            )
+            summary = rewrite(proto, None, options).report.summary
+        left = summary.weights_after / summary.weights_before
+        reason = summary.reason.replace(folder, "...")
+        print(f"| {name} | {summary.substructures} | {left:.3f} | {reason} |", flush=True)
+
+
+def own_outputs(inputs: Any, outputs: Any) -> dict[str, float]:
+    """Per task how far its outputs are from the model's own, relative L2, negative: needs no label."""
+    found = {}
+    for number, (name, slot) in enumerate(OUTPUT_SLOTS.items()):
+        rows = inputs["task"] == number
+        wanted = inputs["wanted"][rows, slot]
+        error = np.linalg.norm(outputs["logits"][rows, slot] - wanted)
+        found[name] = -float(error / np.linalg.norm(wanted))
+    return found
+
+
 def _groups(context: CalibrationContext) -> Proposal:
     return next(p for p in supported_groups(context) if p.name == GROUPS)
 
@@ -246,7 +299,7 @@ def _context(model: Model, samples: Samples) -> CalibrationContext:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "question", choices=["deephme", "multitask", "ablate", "ablate-multitask"]
+        "question", choices=["deephme", "multitask", "ablate", "ablate-multitask", "control"]
     )
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=1)
@@ -257,8 +310,10 @@ def _main() -> None:
         report_multitask(options.seeds)
     elif options.question == "ablate":
         report_ablation(options.model)
-    else:
+    elif options.question == "ablate-multitask":
         report_multitask_ablation()
+    else:
+        report_control()
 
 
 if __name__ == "__main__":
