@@ -379,7 +379,7 @@ class BranchEmitter:
         along = constant_axis(node, position, self._region.unit_axis)
         axis = self._region.axis_of[like]
         size, units = self._region.axis_sizes[axis], self._branches[number].units[axis]
-        if size == 1 or constant_units(self._constants, name, along) != size:
+        if constant_units(self._constants, name, along) != size:
             return gs.Variable(name)
         stored: Value = gs.Variable(name)
         if not np.array_equal(units, np.arange(size)):

@@ -300,6 +300,23 @@ def test_a_matmul_without_a_bias_gets_one(emit: Emit, rng: np.random.Generator) 
     check_parity(folded.result, rng)
 
 
+@pytest.mark.parametrize(
+    ("last", "emit"),
+    [("MatMul(r, w2)", "shrink"), ("Gemm(r, w2, b2)", "shrink"), ("Gemm(r, w2, b2)", "auto")],
+)
+def test_a_single_unit_has_a_bias_too(last: str, emit: Emit, rng: np.random.Generator) -> None:
+    """Its branch has the whole of it, which the proof must find."""
+    text = f"""g (float[B, 4] x) => (float[B, 1] y) {{
+        h = Gemm(x, w1, b1) r = Relu(h) y = {last}
+    }}"""
+    more = {"w2": blocks(rng, [0] * 6, [0]), "b2": rng.standard_normal(1)}
+    folded = fold(parse(text, used(text, tensors(rng, **more))), emit)
+    assert folded.widths == [[4, 4, 1]]
+    assert [name for name, site in folded.decomposition.sites.items() if site.bias] == ["y"]
+    assert folded.claim
+    check_parity(folded.result, rng)
+
+
 def test_a_product_that_others_read_gets_an_add_of_its_own(rng: np.random.Generator) -> None:
     text = """g (float[B, 4] x) => (float[B, 4] y, float[B, 4] o) {
         h = MatMul(x, w1) a = Add(h, b1) r = Relu(a) o = MatMul(r, w2) y = Add(o, b2)
