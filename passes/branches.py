@@ -183,12 +183,14 @@ class BranchEmitter:
     def _side_by_side(self, name: str, place: int) -> Value:
         """All branches' units of ``name`` in one value, one branch after the other."""
         if name not in self._whole:
-            whole: Value = gs.Variable(name)
-            if name not in self._local:  # it comes from outside
-                positions = np.concatenate(self._positions[self._region.axis_of[name]])
-                if not np.array_equal(positions, np.arange(positions.size)):
-                    whole = gs.Variable(self._ops.fresh.name(f"{name}.ordered"))
-                    self._take(gs.Variable(name), positions, whole, name, place)
+            if (
+                name not in self._local
+            ):  # it comes from outside, also with units that no branch has
+                axis = self._region.axis_of[name]
+                positions = np.concatenate(self._positions[axis])
+                ordered = gs.Variable(self._ops.fresh.name(f"{name}.ordered"))
+                size = self._region.axis_sizes[axis]
+                whole = self._taken(gs.Variable(name), size, positions, ordered, (name, place))
             else:
                 whole = gs.Variable(self._ops.fresh.name(f"{name}.joined"))
                 self._ops.concat(self._local[name], whole, name, place)

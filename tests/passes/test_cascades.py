@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tests.passes.harness import FREE, Rewritten, check_parity, parse, rewrite
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx
 
     from tests.passes.harness import Array
@@ -141,6 +143,33 @@ def test_a_free_state_is_renumbered(rng: np.random.Generator) -> None:
     assert result.decisions[0] == ("triangular", 3)
     assert result.ops.count("Gather") == 1  # the look-up
     assert set(result.reordered) >= {"table.renumbered", "scale.renumbered"}
+    check_parity(result, rng)
+
+
+@pytest.mark.parametrize("opset", [9, 17])
+@pytest.mark.parametrize(
+    "live",
+    [range(9), range(3, 12), (0, 1, 2, 4, 5, 6, 8, 9, 10)],
+    ids=["first", "last", "gaps"],
+)
+def test_units_that_come_in_and_that_no_group_has(
+    live: Sequence[int], opset: int, rng: np.random.Generator
+) -> None:
+    """What comes in is read by a product and added to its result, of which some units lead nowhere."""
+    kept = np.asarray(live)
+    labels = np.arange(9) // 3
+    given = {"up": np.zeros((12, 12)), "last": np.zeros((12, 9))}
+    given["up"][np.ix_(kept, kept)] = weight(rng, labels, labels)
+    given["last"][kept] = weight(rng, labels, labels)
+    text = """g (float[B, 12] x) => (float[B, 9] y) {
+        p = MatMul(x, up)
+        s = Add(x, p)
+        y = MatMul(s, last)
+    }"""
+    tensors = {name: values.astype(np.float32) for name, values in given.items()}
+    model = parse(text, tensors, opsets=f'"": {opset}')
+    result = rewrite(model, "triangular", cost=LATENCY)
+    assert result.decisions == [("triangular", 3)]
     check_parity(result, rng)
 
 
