@@ -6,7 +6,7 @@ import dataclasses
 import json
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -151,8 +151,12 @@ class TestPaths:
 
 
 class TestOptions:
+    @pytest.mark.parametrize(
+        "bounds", [{"metric": "a:b"}, {"output_budgets": (("y", 0.25), ("z", 0.0))}]
+    )
     def test_command_line_options_reach_the_function(
         self,
+        bounds: dict[str, Any],
         command: Command,
         tmp_path: Path,
         eight: Planted,
@@ -175,20 +179,26 @@ class TestOptions:
             criterion="fwer",
             alpha=0.2,
             calibration=tmp_path / "data.npz",
+            annealing="calibrated",
+            compensation="mean",
             budget=0.3,
-            metric="a:b",
             provider="cpu",
             emit="shrink",
             autotune=True,
             batch=(2, 7),
             seed=11,
             force=True,
+            **bounds,
         )
         arguments: list[object] = []
         for field in dataclasses.fields(wanted):
             value = getattr(wanted, field.name)
             name = f"--{field.name.replace('_', '-')}"
-            if field.name == "seeds":
+            if field.name == "seeds" or value is None:
+                continue
+            if field.name == "output_budgets":
+                for output, bound in value:
+                    arguments += ["--output-budget", f"{output}={bound}"]
                 continue
             if field.name == "batch":
                 value = ",".join(map(str, value))

@@ -53,7 +53,9 @@ PARAMETERS = {
         "seed",
         "tolerance",
         "budget",
+        "metric",
         "provider",
+        "reproducer",
     ],
     "bench": ["original", "rewritten", "inputs", "batch", "seed", "provider"],
 }
