@@ -3,7 +3,8 @@
 With a float64 reference: no output of the rewritten model may be farther from it than ``ERROR_FACTOR`` times as far
 as the annealed model's own, plus ``FLOOR`` units in the last place. What the annealed model's errors are is measured,
 the largest over all draws of one kind of inputs, so that neither ill-conditioned models raise false alarms nor
-well-conditioned ones get more room than they need.
+well-conditioned ones get more room than they need. A few entries, or a single one where all others saturate, may be
+right by luck: before an output counts as wrong, the annealed model's errors are measured on inputs right beside, too.
 
 Where a quantizer rounds a value half way between two steps, a last bit decides on a whole step: an output may move as
 far as the annealed model's does when some of what it quantizes goes to the next step (``nudged``).
@@ -34,7 +35,7 @@ __all__ = [
     "FLOOR",
     "Compared",
     "compare",
-    "misses",
+    "first_miss",
 ]
 
 ERROR_FACTOR = 4.0
@@ -71,6 +72,7 @@ class Compared:
         annealed: error of the annealed model; None without a reference.
         rewritten: error of the rewritten model; None without a reference.
         moves: gives how far the annealed model's output moves with the last bits of its inputs.
+        beside: gives the annealed model's largest error on inputs whose last bits are others; 0 without a reference.
         steps: gives how far it moves where quantizers round some values to the next step; 0 without any.
     """
 
@@ -83,6 +85,7 @@ class Compared:
     annealed: float | None
     rewritten: float | None
     moves: Callable[[], float]
+    beside: Callable[[], float] = lambda: 0.0
     steps: Callable[[], float] = lambda: 0.0
 
     @property
@@ -117,10 +120,10 @@ def compare(
     )
 
 
-def misses(
+def first_miss(
     compared: Iterable[Compared], tolerance: Tolerance | None
-) -> list[tuple[Compared, float, float]]:
-    """What deviates by more than rounding makes, each with its error and what is allowed of it, relative to its size.
+) -> tuple[Compared, float, float] | None:
+    """The first that deviates by more than rounding makes, its error and what is allowed of it, relative to its size.
 
     Args:
         compared: every output on every set of inputs.
@@ -137,7 +140,6 @@ def misses(
             key = (one.output, one.kind)
             error = one.annealed / one.size if one.size else 0.0
             pools[key] = max(pools.get(key, 0.0), error)
-    found = []
     for one in everything:
         size = max(one.size, usual.get(one.output, 0.0))
         pool = pools.get((one.output, one.kind))
@@ -147,8 +149,8 @@ def misses(
             allowed = max(allowed, one.steps())
         if not error <= allowed:
             scale = one.size or 1.0
-            found.append((one, error / scale, allowed / scale))
-    return found
+            return one, error / scale, allowed / scale
+    return None
 
 
 def _verdict(
@@ -173,6 +175,9 @@ def _verdict(
     floor = FLOOR * last_bit * (usual if one.size <= last_bit * usual else one.size)
     if one.annealed is not None and one.rewritten is not None and _is_trusted(one, usual):
         own = max(one.annealed, (pool or 0.0) * one.size)
+        if one.rewritten > ERROR_FACTOR * own + floor:
+            beside = one.beside()
+            own = max(own, beside if beside <= _TRUSTED * usual else 0.0)
         return one.rewritten, ERROR_FACTOR * own + floor
     if pool is not None and one.annealed is None and pool <= _TRUSTED:
         # No reference on these inputs, but on others of their kind: |r - a| <= |r - x| + |a - x|.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnx_decompose.claims import Tolerance
-from onnx_decompose.rounding import ERROR_FACTOR, FLOOR, Compared, compare, misses
+from onnx_decompose.rounding import ERROR_FACTOR, FLOOR, Compared, compare, first_miss
 
 EPS = 2.0**-23
 
@@ -29,7 +29,7 @@ def compared(**changes: Any) -> Compared:
 
 
 def passes(*every: Compared, tolerance: Tolerance | None = None) -> bool:
-    return not misses(every, tolerance)
+    return first_miss(every, tolerance) is None
 
 
 class TestCompare:
@@ -78,6 +78,20 @@ class TestWithAReference:
         assert not passes(lucky)
         assert passes(lucky, compared(annealed=1e-5, rewritten=1e-5))
         assert not passes(lucky, compared(kind="large", annealed=1e-5, rewritten=1e-5))
+
+    def test_or_as_far_as_right_beside(self) -> None:
+        lucky = compared(annealed=1e-6, rewritten=1e-5, beside=lambda: 3e-6)
+        assert passes(lucky)
+        assert not passes(compared(annealed=1e-6, rewritten=1e-5, beside=lambda: 1e-6))
+        assert not passes(compared(annealed=1e-6, rewritten=1e-5))
+
+    def test_beside_is_not_asked_for_in_vain_nor_believed_where_it_is_far(self) -> None:
+        def ask() -> float:
+            raise AssertionError("asked")
+
+        assert passes(compared(annealed=1e-6, rewritten=4e-6, beside=ask))
+        assert not passes(compared(annealed=1e-6, rewritten=1e-5, beside=lambda: 0.3))
+        assert not passes(compared(deviation=1.1e-4, beside=lambda: 1e-2))
 
     def test_what_cancels_has_the_rounding_of_its_terms(self) -> None:
         usual = compared(size=100.0, annealed=0.0, rewritten=0.0)
