@@ -101,8 +101,8 @@ def time_models(
     """Both models side by side, at every asked batch size."""
     logger.info("timing the rewritten model against the original")
     rng = np.random.default_rng(options.seed)
-    mapped = is_large(original)
-    reference = open_model(original, provider, fast=True, mapped=mapped)
+    large = is_large(original)
+    reference = open_model(original, provider, fast=True, large=large)
     feeds = timing_feeds(
         graph_inputs(original.proto),
         options.batch,
@@ -113,12 +113,12 @@ def time_models(
     )
     timing = bench_models(
         reference,
-        open_model(rewritten, provider, fast=True, mapped=mapped),
+        open_model(rewritten, provider, fast=True, large=large),
         feeds_by_batch=feeds,
         provider=provider,
         rng=rng,
     )
-    return dataclasses.replace(timing, mapped=mapped)
+    return dataclasses.replace(timing, mapped=large)
 
 
 def _proved(
@@ -133,13 +133,12 @@ def _proved(
     )
     model = stage.put(_rewrite(tried, options), original)
     stage.freed()
-    return Made(
-        tried,
-        model,
-        structural=_prove(original, model, inputs, provider),
-        annealing=_measure(original, model, inputs, provider, options),
-        timing=time_models(original, model, inputs, provider, options),
-    )
+    structural = _prove(original, model, inputs, provider)
+    stage.freed()
+    annealing = _measure(original, model, inputs, provider, options)
+    stage.freed()
+    timing = time_models(original, model, inputs, provider, options)
+    return Made(tried, model, structural, annealing, timing)
 
 
 def _without_harm(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from onnx_decompose.bench import slowdown
 from onnx_decompose.decompose import absorbing
-from onnx_decompose.decompose_recurrent import recurrent_graph, with_plans
+from onnx_decompose.decompose_recurrent import recurrent_graph, recurrent_masks, with_plans
 from onnx_decompose.plan import candidate_plans
 from onnx_decompose.plan_recurrent import candidate_recurrent_plans
 from onnx_decompose.study import state_graph
@@ -66,8 +66,8 @@ def _tuned_recurrent(
     tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit
 ) -> RecurrentAttempt:
     """Every recurrent operator in the way that is fastest, or dense."""
-    masks = {name: selection.mask for name, selection in tried.selections.items()}
     study = tried.study
+    masks = recurrent_masks(study, tried.selections)
     plans: list[tuple[RecurrentSite, RecurrentPlan]] = []
     for site, predicted in tried.recurrent.plans:
         keeps = all(not (w.array[~masks[w.name]] != 0).any() for w in site.all_weights)

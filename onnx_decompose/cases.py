@@ -55,7 +55,8 @@ __all__ = [
 
 SAMPLES_AT_A_TIME = 256
 _LARGE = 2**29
-"""Bytes of external data above which a model is timed with its weights mapped: loaded, two models need twice that."""
+"""Bytes of weights, some of them external, above which even timing leaves them mapped: loaded, two models need twice
+that."""
 
 _MOST_SERIALIZED = 2**31 - 2**26
 """Bytes of weights; protobuf's own limit is 2 GB for all of a model."""
@@ -89,8 +90,9 @@ class Case:
 
 
 def is_large(model: Model) -> bool:
-    """Whether the weights of a model should stay in their files, mapped, even while it is timed."""
-    return outside_bytes(model.proto) > _LARGE
+    """Whether the weights of a model should stay in their files, mapped, whatever that costs in speed."""
+    outside = outside_bytes(model.proto)
+    return outside > 0 and outside + inline_bytes(model.proto) > _LARGE
 
 
 def open_model(
@@ -98,20 +100,22 @@ def open_model(
     provider: Provider,
     *,
     fast: bool = False,
-    mapped: bool | None = None,
+    large: bool | None = None,
     settings: SessionSettings | None = None,
 ) -> Session:
     """A session on a model whose external data, if any, lies beside its file.
 
     Unless it is to be ``fast``, as for timing, the weights of a model with external data stay in their file, mapped,
-    and activations are not rounded to fewer bits than the model has. ``mapped`` says so of the weights alone.
+    and activations are not rounded to fewer bits than the model has. Of one that is ``large``, as :func:`is_large`
+    says unless told, they stay there in any case, and no optimization rearranges them in memory. Of two models that
+    are compared both are opened alike, though the rewritten one may be small.
 
     A model that is too large to be serialized (rewritten weights of one with external data) is handed over without
     its weights, and these by reference.
     """
     proto, weights = model.proto, None
-    if mapped is None:
-        mapped = not fast and next(external_tensors(proto), None) is not None
+    large = is_large(model) if large is None else large
+    mapped = large or (not fast and next(external_tensors(proto), None) is not None)
     if inline_bytes(proto) > _MOST_SERIALIZED:
         proto, emptied = without_weights(model.proto)
         weights = {tensor.name: read_tensor(model, source) for tensor, source in emptied}
@@ -120,7 +124,9 @@ def open_model(
     return open_session(
         proto.SerializeToString(),
         provider,
-        dataclasses.replace(settings or SessionSettings(), prepack=not mapped, rounds=fast),
+        dataclasses.replace(
+            settings or SessionSettings(), prepack=not mapped, layouts=not large, rounds=fast
+        ),
         label=model.label,
         data_folder=model.folder,
         weights=weights,

@@ -13,7 +13,11 @@ from onnx_decompose.analysis.anneal import anneal, fill, unify
 from onnx_decompose.biases import absorbable, find_biases, region_in
 from onnx_decompose.closing import restore
 from onnx_decompose.copies import find_copies
-from onnx_decompose.decompose_recurrent import RecurrentAttempt, attempt_recurrent
+from onnx_decompose.decompose_recurrent import (
+    RecurrentAttempt,
+    attempt_recurrent,
+    recurrent_masks,
+)
 from onnx_decompose.errors import PassError
 from onnx_decompose.flat import Flat
 from onnx_decompose.folding import fold_region
@@ -248,7 +252,7 @@ def attempt(  # noqa: PLR0913 (what is known, what is asked for, and what was re
         ]
         apart = any(plan.decision != "dense" for _, plan in parts)
         plans.extend(parts if apart else [(region, whole)])
-    masks = {name: selection.mask for name, selection in selections.items()}
+    masks = recurrent_masks(study, selections)
     recurrent = attempt_recurrent(study, masks, cost, emit)
     return absorbing(
         Attempt(

@@ -18,13 +18,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.criteria import Selection
     from onnx_decompose.cost import CostModel
     from onnx_decompose.model_io import Model
     from onnx_decompose.recurrent import RecurrentSite, RecurrentWeight
     from onnx_decompose.state_graph import Emit
     from onnx_decompose.study import Study
 
-__all__ = ["RecurrentAttempt", "attempt_recurrent", "recurrent_graph", "with_plans"]
+__all__ = [
+    "RecurrentAttempt",
+    "attempt_recurrent",
+    "recurrent_graph",
+    "recurrent_masks",
+    "with_plans",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +40,7 @@ class RecurrentAttempt:
 
     Attributes:
         study: the model.
-        masks: the entries of each weight that stay, by name, (K, gates * H).
+        masks: the entries of each weight of theirs that stay, by name, (K, gates * H).
         plans: each site with its plan.
     """
 
@@ -114,7 +121,7 @@ def attempt_recurrent(
 
     Args:
         study: the model.
-        masks: supported entries of each weight by name, (K, gates * H).
+        masks: supported entries of each recurrent weight by name, (K, gates * H).
         cost: the provider's coefficients.
         emit: as of :func:`plan_recurrent`.
     """
@@ -123,6 +130,14 @@ def attempt_recurrent(
         for site in study.recurrent
     ]
     return with_plans(study, masks, plans)
+
+
+def recurrent_masks(
+    study: Study, selections: Mapping[str, Selection]
+) -> dict[str, NDArray[np.bool_]]:
+    """The selected masks of the recurrent weights: those of all sites would take a quarter of the model's memory."""
+    weights = [weight for site in study.recurrent for weight in site.all_weights]
+    return {weight.name: selections[weight.name].mask for weight in weights}
 
 
 def recurrent_graph(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.cases import open_model, runnable
+from onnx_decompose.cases import is_large, open_model, runnable
 from onnx_decompose.claims import StructuralClaim
 from onnx_decompose.errors import ModelError
 from onnx_decompose.nudged import nudged
@@ -53,11 +53,13 @@ def measure_structural(
     tolerance: Tolerance | None = None,
 ) -> StructuralClaim:
     """Compare the outputs of the annealed and the rewritten model on every case."""
-    dense = open_model(annealed, provider, settings=_GATE)
-    candidate = open_model(rewritten, provider, settings=_GATE)
+    large = is_large(annealed)
+    dense = open_model(annealed, provider, large=large, settings=_GATE)
+    candidate = open_model(rewritten, provider, large=large, settings=_GATE)
     with_tf32 = None
     if provider is Provider.CUDA:
-        with_tf32 = open_model(rewritten, provider, settings=SessionSettings(tf32=True))
+        tf32_settings = SessionSettings(tf32=True)
+        with_tf32 = open_model(rewritten, provider, large=large, settings=tf32_settings)
     exact, quantizers = _Exact(annealed), _Quantizers(annealed, provider)
     beside = _Beside(dense, exact)
     compared: list[Compared] = []

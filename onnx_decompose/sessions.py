@@ -142,6 +142,8 @@ class SessionSettings:
             a model without control flow, and :meth:`Session.bind`.
         prepack: let onnxruntime keep weights in a layout of its own: faster, but a copy in memory, where the weights of
             a model with external data are otherwise mapped from their file.
+        layouts: let onnxruntime turn convolutions into ones on another layout: faster on a CPU, but their weights and
+            the ones in that layout are held, mapped or not.
         rounds: let onnxruntime round activations to 8 bits where a product's weight alone is quantized (about 5e-3
             relative), as it does by default.
         deterministic: ask for kernels that give the same bytes every time, where a provider has a choice.
@@ -152,6 +154,7 @@ class SessionSettings:
     threads: int | None = None
     cuda_graph: bool = False
     prepack: bool = True
+    layouts: bool = True
     rounds: bool = True
     deterministic: bool = False
 
@@ -427,9 +430,8 @@ def _session_options(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = (
-        levels.ORT_ENABLE_ALL if settings.optimize else levels.ORT_DISABLE_ALL
-    )
+    level = levels.ORT_ENABLE_ALL if settings.layouts else levels.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = level if settings.optimize else levels.ORT_DISABLE_ALL
     options.use_deterministic_compute = settings.deterministic
     if not settings.prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")

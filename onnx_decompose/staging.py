@@ -57,9 +57,9 @@ class Stage:
         return dataclasses.replace(load_model(path), shown=data_from.label)
 
     def freed(self) -> None:
-        """Let the allocator give back what a staged model took: glibc keeps small pieces, and a model is many of them.
+        """Let the allocator give back what making, proving or running a staged model took: glibc keeps small pieces.
 
-        At 0.5 GiB of weights that is 0.09 GiB, of which each block has 1 MiB.
+        A model is many of them: at 0.5 GiB of weights that is 0.09 GiB, of which each block has 1 MiB.
         """
         if self.folder is not None:
             with contextlib.suppress(

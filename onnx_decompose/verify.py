@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_decompose.cases import open_model, runnable
+from onnx_decompose.cases import is_large, open_model, runnable
 from onnx_decompose.claims import (
     AnnealingClaim,
     Inputs,
@@ -138,8 +138,9 @@ def measure_annealing(
     original: Model, rewritten: Model, *, inputs: Inputs, provider: Provider, budget: float
 ) -> AnnealingClaim:
     """Claim B: the rewritten (or annealed) model against the original on the typical cases."""
-    reference = open_model(original, provider)
-    candidate = open_model(rewritten, provider)
+    large = is_large(original)
+    reference = open_model(original, provider, large=large)
+    candidate = open_model(rewritten, provider, large=large)
     deviations = {spec.name: DeviationAccumulator() for spec in reference.outputs}
     scores: list[tuple[Feeds, Feeds, Feeds]] = []
     for case, expected in runnable(functools.partial(inputs.cases, original), reference):

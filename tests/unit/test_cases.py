@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import onnx.parser
 import pytest
 
-from onnx_decompose.cases import made_up_cases, open_model, runnable, working_size
+from onnx_decompose.cases import is_large, made_up_cases, open_model, runnable, working_size
 from onnx_decompose.errors import DataError
+from onnx_decompose.external_data import set_entry
 from onnx_decompose.feeds import batch_sizes
-from onnx_decompose.model_io import Model
+from onnx_decompose.model_io import Model, load_model
 from onnx_decompose.sessions import Provider, Session
 from onnx_decompose.tensors import TensorSpec
 
 FLOAT = np.dtype(np.float32)
+STATUS = Path("/proc/self/status")
 
 
 def opened(body: str, head: str = "float[B, T] x") -> tuple[Model, Session]:
@@ -103,3 +106,59 @@ def test_batches_are_smaller_where_a_sample_is_large(
 ) -> None:
     specs = [TensorSpec("x", FLOAT, shape)]
     assert batch_sizes(specs, (1, 5, 32), other=64, most_entries=1 << 20) == expected
+
+
+def convolution(folder: Path, size: int, *, external: bool = True) -> Model:
+    """A convolution of 1024 channels to ``size`` others."""
+    weight = np.zeros((size, 1024, 1, 1), np.float32)
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "w"], ["y"])],
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, [1, 1024, 2, 2])],
+        [value("y", onnx.TensorProto.FLOAT, [1, size, 2, 2])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    if not external:
+        return Model(proto)
+    onnx.save(proto, folder / "m.onnx", save_as_external_data=True, location="m.data")
+    return load_model(folder / "m.onnx")
+
+
+def anonymous() -> int:
+    """Bytes of this process that only swapping could free."""
+    (line,) = (n for n in STATUS.read_text().splitlines() if n.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.skipif(not STATUS.is_file(), reason="the system does not say what a process holds")
+def test_weights_of_a_large_model_stay_in_their_file(tmp_path: Path, *, fast: bool) -> None:
+    model = convolution(
+        tmp_path, 1 << 14
+    )  # 64 MiB: glibc takes no such piece from what it keeps
+    feeds = {"x": np.ones((1, 1024, 2, 2), np.float32)}
+    small = convolution(tmp_path, 64, external=False)
+    open_model(small, Provider.CPU).run(feeds)  # loads the libraries
+    before = anonymous()
+    session = open_model(model, Provider.CPU, fast=fast, large=True)
+    session.run(feeds)
+    assert anonymous() - before < 1 << 24
+
+
+def test_large_is_what_has_many_weights_and_some_in_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = convolution(tmp_path, 512)
+    inside = convolution(tmp_path, 512, external=False)
+    assert not is_large(outside)
+    monkeypatch.setattr("onnx_decompose.cases._LARGE", 1 << 20)
+    assert is_large(outside)
+    assert not is_large(inside)
+    # As the annealed form of a large model, whose new weights are not in a file.
+    bias = onnx.numpy_helper.from_array(np.zeros(2048, np.float32), "b")
+    inside.proto.graph.initializer.append(bias)
+    set_entry(inside.proto.graph.initializer[1], "m.data", 0, bias.ByteSize())
+    assert is_large(inside)
