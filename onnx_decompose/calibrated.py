@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.analysis.gram import MomentAccumulator
+from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.refit import (
     Compensation,
     Groups,
@@ -37,14 +37,13 @@ from onnx_decompose.neighbours import with_neighbours
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.refits import Refit
 from onnx_decompose.shapes import opset_of
-from onnx_decompose.site_statistics import input_moments, side_by_side
+from onnx_decompose.site_statistics import Held, input_moments, observe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.analysis.gram import Moments
     from onnx_decompose.model_io import Model
     from onnx_decompose.samples import Samples
     from onnx_decompose.sessions import Provider
@@ -202,6 +201,11 @@ class CalibrationContext:
         """Moments of what the original's sites read, by value, on what refits are fitted on."""
         return self.fit if self.fitting is self.parts.fit else self._moments(self.fitting)
 
+    @functools.cached_property
+    def held(self) -> Mapping[Samples, Held]:
+        """The original's own values, as far as they are held, on what refits are fitted and chosen on."""
+        return {self.fitting: Held(), self.parts.choose: Held()}
+
     def _moments(self, samples: Samples) -> Mapping[str, Moments]:
         values = list(dict.fromkeys(site.input for site in self.sites))
         return input_moments(self.study.source, values, samples, self.provider)
@@ -262,8 +266,10 @@ def refitted(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit
             stages.setdefault(site.input, []).append(site)
     refits: dict[str, Refit] = {}
     current = context.study.source
+    # What a stage reads is final: later refits are of sites behind it.
+    held = {samples: Held() for samples in context.held}
     for value, sites in stages.items():
-        refits |= _Stage(context, proposal, value, sites).refit(current)
+        refits |= _Stage(context, proposal, value, sites, held).refit(current)
         if context.sequential:
             current = annealed_by(context.study, refits)
     return refits
@@ -304,6 +310,7 @@ class _Stage:
     proposal: Proposal
     value: str
     sites: Sequence[Site]
+    held: Mapping[Samples, Held]
 
     def refit(self, current: Model) -> dict[str, Refit]:
         """New weights, where ``current`` is the model as annealed before this value."""
@@ -316,7 +323,7 @@ class _Stage:
         }
         masks = {site.name: self._mask(site) for site in self.sites}
         new = {name: np.zeros(start.shape) for name, start in starts.items()}
-        added = {name: np.zeros(start.shape[1]) for name, start in starts.items()}
+        added = {site.name: self._constants(site) for site in self.sites}
         jobs = list(self._jobs())
         fits, choices = (
             self._moments(jobs, current, samples)
@@ -344,7 +351,9 @@ class _Stage:
                 added[name][columns] = found.added[part]
                 start += columns.size
         return {
-            site.name: self._refit(site, new[site.name], added[site.name], fits)
+            site.name: self._refit(
+                site, new[site.name], added[site.name], jobs[0].rows, fits[0]
+            )
             for site in self.sites
         }
 
@@ -353,7 +362,8 @@ class _Stage:
         site: Site,
         weight: NDArray[np.float64],
         added: NDArray[np.float64],
-        fits: Sequence[Moments],
+        rows: NDArray[np.intp],
+        fit: Moments,
     ) -> Refit:
         """A column for every output; those of a group have one, and the constant that their own mean asks for."""
         groups, original = self.proposal.equal.get(site.name), self.context.study.weight(site)
@@ -362,8 +372,16 @@ class _Stage:
             added = np.zeros(site.shape[1])
             if self.context.compensation != "none":
                 before = self.context.fitted[self.value].mean_x @ original.astype(np.float64)
-                added = before - fits[0].mean_x @ weight
+                added = before - fit.mean_x @ weight[rows]
         return Refit(weight.astype(original.dtype), added)
+
+    def _constants(self, site: Site) -> NDArray[np.float64]:
+        """What stands in the place of outputs that keep no input: their means."""
+        weight = self._each(site, self.context.study.weight(site)).astype(np.float64)
+        if self.context.compensation == "none":
+            return np.zeros(weight.shape[1])
+        constants: NDArray[np.float64] = self.context.fitted[self.value].mean_x @ weight
+        return constants
 
     def _each(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
         """One column for each output or group of outputs."""
@@ -377,10 +395,11 @@ class _Stage:
     def _jobs(self) -> Iterator[_Job]:
         focus = self.proposal.focus
         if focus is None:
-            everything = {
-                site.name: np.arange(self._mask(site).shape[1]) for site in self.sites
-            }
-            yield _Job(np.arange(self.sites[0].shape[0]), everything)
+            masks = {site.name: self._mask(site) for site in self.sites}
+            kept = {name: np.flatnonzero(mask.any(axis=0)) for name, mask in masks.items()}
+            used = np.any([mask.any(axis=1) for mask in masks.values()], axis=0)
+            # Also where nothing is kept: an empty job has the means that equal outputs ask for.
+            yield _Job(np.flatnonzero(used), kept)
             return
         for group in (*range(focus.count), None):
             columns = {
@@ -400,31 +419,70 @@ class _Stage:
     def _moments(self, jobs: Sequence[_Job], current: Model, samples: Samples) -> list[Moments]:
         """Of each job: what its inputs are now, and what its outputs should be."""
         study, focus = self.context.study, self.proposal.focus
-        if current is study.source and focus is None:
-            known = (
-                self.context.fitted if samples is self.context.fitting else self.context.choose
-            )
-            weights = [self._each(site, study.weight(site)) for site in self.sites]
-            return [known[self.value].through(np.hstack(weights))]
         wide = {
             site.name: self._each(site, study.weight(site)).astype(np.float64)
             for site in self.sites
         }
+        if focus is None:
+            (job,) = jobs
+            return [self._alike(job, self._columns(wide, job), current, samples)]
         adding = [MomentAccumulator() for _ in jobs]
-        values = [self.value, *(focus.entries if focus else ())]
-        for now, before in side_by_side(
-            current, study.source, list(dict.fromkeys(values)), samples, self.context.provider
-        ):
-            shares = None if focus is None else focus.shares(before)
-            z = before[self.value].reshape(-1, before[self.value].shape[-1]).astype(np.float64)
-            x = now[self.value].reshape(-1, now[self.value].shape[-1])
+        values = list(dict.fromkeys((self.value, *focus.entries)))
+        for now, before in self._values(values, current, samples):
+            shares = focus.shares(before)
+            z, x = _rows(before[self.value]), _rows(now[self.value])
             for job, accumulator in zip(jobs, adding, strict=True):
-                weight = None if shares is None or job.group is None else shares[:, job.group]
-                accumulator.update(x[:, job.rows], z @ self._columns(wide, job), weight)
+                weight = np.ones(len(z)) if job.group is None else shares[:, job.group]
+                counts = weight > 0
+                counts[0] |= not counts.any()
+                y = z[counts].astype(np.float64) @ self._columns(wide, job)
+                accumulator.update(x[np.ix_(counts, job.rows)], y, weight[counts])
         return [accumulator.result() for accumulator in adding]
+
+    def _alike(
+        self, job: _Job, weight: NDArray[np.float64], current: Model, samples: Samples
+    ) -> Moments:
+        """Where all rows count alike: the outputs' own moments are known, the rest follows from those of x with z."""
+        context = self.context
+        known = context.fitted if samples is context.fitting else context.choose
+        wanted = known[self.value].through(weight)
+        if current is context.study.source:
+            rows = job.rows
+            return Moments(
+                wanted.count,
+                wanted.mean_x[rows],
+                wanted.mean_y,
+                wanted.xx[np.ix_(rows, rows)],
+                wanted.xy[rows],
+                wanted.yy,
+            )
+        adding = MomentAccumulator()
+        for now, before in self._values([self.value], current, samples):
+            adding.update(_rows(now[self.value])[:, job.rows], _rows(before[self.value]))
+        found = adding.result()
+        return dataclasses.replace(
+            found, mean_y=found.mean_y @ weight, xy=found.xy @ weight, yy=wanted.yy
+        )
+
+    def _values(
+        self, values: Sequence[str], current: Model, samples: Samples
+    ) -> Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]:
+        """What the stage reads now, and the named values of the original, batch by batch."""
+        context = self.context
+        source, provider = context.study.source, context.provider
+        before = observe(source, values, samples, provider, context.held[samples])
+        if current is source:
+            yield from ((found, found) for found in before)
+            return
+        now = observe(current, [self.value], samples, provider, self.held[samples])
+        yield from zip(now, before, strict=True)
 
     def _columns(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:
         return np.hstack([arrays[name][:, own] for name, own in job.columns.items()])
 
     def _joined(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:
         return self._columns(arrays, job)[job.rows]
+
+
+def _rows(values: NDArray[Any]) -> NDArray[Any]:
+    return values.reshape(-1, values.shape[-1])

@@ -1,14 +1,15 @@
 """The calibrated schedule: of all proposals the one that is predicted to be fastest, among those inside the budget.
 
-Within a family, a stricter proposal is both faster and less exact, so that halving finds the strictest one inside the
-budget with few refits. Errors are measured on the part of the samples to choose on; what is chosen has to pass on the
-part that is held out for claim B, which nothing else ever sees.
+Within a family, a stricter proposal, one that leaves fewer weights, is both faster and less exact, so that halving
+finds the strictest one inside the budget with few plans and few refits. Errors are measured on the part of the samples
+to choose on; what is chosen has to pass on the part that is held out for claim B, which nothing else ever sees.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -105,15 +106,6 @@ def context_for(
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Planned:
-    """A proposal, the predicted cost over dense of what it would become, and whether that is anything else."""
-
-    proposal: Proposal
-    cost: float
-    takes_apart: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Named:
     """Exactly what a proposal keeps is supported."""
 
@@ -139,6 +131,7 @@ class _Search:
         self._inputs = inputs
         self._cost = cost
         self._nearest: tuple[float, str] | None = None
+        self._costs: dict[Proposal, float] = {}
         parts = context.parts
         total = parts.fit.count + parts.choose.count + parts.judge.count
         told = (
@@ -151,18 +144,21 @@ class _Search:
 
     def best(self, to_beat: float) -> Calibrated | str:
         """The fastest proposal that passes, or why none does."""
-        families: dict[str, list[_Planned]] = {}
+        families: dict[str, list[Proposal]] = {}
         for generate in GENERATORS:
             for proposal in generate(self._context):
-                planned = self._planned(proposal)
-                logger.info("%s: predicted %.2f of the time", proposal.name, planned.cost)
-                if planned.takes_apart and planned.cost < to_beat:
-                    families.setdefault(proposal.family, []).append(planned)
+                families.setdefault(proposal.family, []).append(proposal)
+        fastest: list[tuple[float, list[Proposal]]] = []
         for family in families.values():
-            family.sort(key=lambda planned: planned.cost)
+            family.sort(key=self._weights_left)
+            cost = math.inf
+            while family and math.isinf(cost := self._predicted(family[0])):
+                del family[0]
+            if family:
+                fastest.append((cost, family))
         best: Attempt | None = None
-        for family in sorted(families.values(), key=lambda family: family[0].cost):
-            found = self._strictest([p for p in family if p.cost < to_beat])
+        for cost, family in sorted(fastest, key=lambda pair: pair[0]):
+            found = self._strictest(family, to_beat) if cost < to_beat else None
             if found is not None:
                 best, to_beat = found, found.predicted_cost
         if best is not None:
@@ -171,29 +167,33 @@ class _Search:
             return f"calibrated: {self._nearest[1]}"
         return "calibrated: the data lets nothing be removed that would pay"
 
-    def _strictest(self, family: Sequence[_Planned]) -> Attempt | None:
-        """The cheapest proposal of a family, sorted by cost, that passes on both parts."""
+    def _strictest(self, family: Sequence[Proposal], to_beat: float) -> Attempt | None:
+        """The strictest of a family, sorted so, that passes on both parts and is predicted to beat what was found."""
         found: dict[int, Attempt | None] = {}
         low, high = 0, len(family)
         while low < high:
             middle = (low + high) // 2
-            found[middle] = self._passing(family[middle], self._choosing)
+            if self._predicted(family[middle]) >= to_beat:
+                high = middle
+                continue
+            found[middle] = self._passing(family[middle])
             if found[middle] is None:
                 low = middle + 1
             else:
                 high = middle
         for number in range(low, len(family)):
-            tried = found.get(number) or self._passing(family[number], self._choosing)
+            if self._predicted(family[number]) >= to_beat:
+                continue
+            tried = found.get(number) or self._passing(family[number])
             if tried is not None and self._inside(tried, self._judging):
                 return tried
         return None
 
-    def _passing(self, planned: _Planned, inputs: Inputs) -> Attempt | None:
-        proposal = planned.proposal
+    def _passing(self, proposal: Proposal) -> Attempt | None:
         tried = self._attempt(proposal, refitted(self._context, proposal))
         if not tried.takes_apart:
             return None
-        return tried if self._inside(tried, inputs) else None
+        return tried if self._inside(tried, self._choosing) else None
 
     def _inside(self, tried: Attempt, inputs: Inputs) -> bool:
         claim = measure_annealing(
@@ -210,8 +210,21 @@ class _Search:
             self._nearest = claim.error, _told(tried, claim)
         return bool(claim)
 
-    def _planned(self, proposal: Proposal) -> _Planned:
-        """As it would be without compensation: costs do not depend on it."""
+    def _weights_left(self, proposal: Proposal) -> int:
+        """Different weights that the masks leave: the order of costs, before anything is planned."""
+        left = 0
+        for name, mask in proposal.masks.items():
+            equal = proposal.equal.get(name)
+            left += int((mask if equal is None else mask[:, equal.firsts]).sum())
+        return left
+
+    def _predicted(self, proposal: Proposal) -> float:
+        """The predicted cost over dense, infinite where nothing is taken apart.
+
+        As it would be without compensation: costs do not depend on it.
+        """
+        if proposal in self._costs:
+            return self._costs[proposal]
         study = self._context.study
         bare: dict[str, Refit] = {}
         for site in self._context.sites:
@@ -219,7 +232,10 @@ class _Search:
                 start = proposal.start(site, study.weight(site))
                 bare[site.name] = Refit(start, np.zeros(site.shape[1]))
         tried = self._attempt(proposal, bare)
-        return _Planned(proposal, tried.predicted_cost, tried.takes_apart)
+        cost = tried.predicted_cost if tried.takes_apart else math.inf
+        logger.info("%s: predicted %.2f of the time", proposal.name, cost)
+        self._costs[proposal] = cost
+        return cost
 
     def _attempt(self, proposal: Proposal, refits: Mapping[str, Refit]) -> Attempt:
         study = self._context.study

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
+import scipy.linalg.blas
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,8 +104,9 @@ class _State:
         self.power = float(np.einsum("ij,ij->", reader.weight, covariance @ reader.weight))
         mean = float(np.diagonal(covariance).mean())
         ridged = covariance + max(_RIDGE * mean, 1e-30) * np.eye(covariance.shape[0])
-        self._inverse = scipy.linalg.inv(ridged)
-        self._weight = reader.weight.astype(np.float64).copy()
+        # Column by column, as BLAS updates them in place.
+        self._inverse = np.asfortranarray(scipy.linalg.inv(ridged))
+        self._weight = np.array(reader.weight, np.float64, order="F")
 
     def costs(self) -> FloatArray:
         """What each unit would cost."""
@@ -121,13 +123,13 @@ class _State:
         column = self._inverse[:, unit].copy()
         pivot = column[unit]
         row = self._weight[unit].copy()
-        self._weight -= np.outer(column / pivot, row)
-        self._inverse -= np.outer(column / pivot, column)
+        for array, other in ((self._weight, row), (self._inverse, column)):
+            scipy.linalg.blas.dger(-1 / pivot, column, other, a=array, overwrite_a=True)
         self._weight[unit] = 0
         self._inverse[unit] = 0
         self._inverse[:, unit] = 0
 
     def keep(self, alive: NDArray[np.bool_]) -> None:
         """Forget the units that went."""
-        self._weight = self._weight[alive]
-        self._inverse = self._inverse[np.ix_(alive, alive)]
+        self._weight = np.asfortranarray(self._weight[alive])
+        self._inverse = np.asfortranarray(self._inverse[np.ix_(alive, alive)])
