@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx.parser
@@ -15,12 +15,14 @@ from onnx_decompose.calibrated_search import Calibrated, calibrate_within_budget
 from onnx_decompose.decompose import Attempt, attempt
 from onnx_decompose.model_io import Model
 from onnx_decompose.options import Options
-from onnx_decompose.refits import Refit
 from onnx_decompose.samples import samples_from_arrays
 from onnx_decompose.sessions import Provider
 from onnx_decompose.study import Study, study_model
 from onnx_decompose.tensors import graph_inputs
 from onnx_decompose.verify import Inputs
+
+if TYPE_CHECKING:
+    from onnx_decompose.refits import Refit
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
