@@ -183,9 +183,8 @@ class BranchEmitter:
     def _side_by_side(self, name: str, place: int) -> Value:
         """All branches' units of ``name`` in one value, one branch after the other."""
         if name not in self._whole:
-            if (
-                name not in self._local
-            ):  # it comes from outside, also with units that no branch has
+            if name not in self._local:
+                # It comes from outside, also with units that no branch has.
                 axis = self._region.axis_of[name]
                 positions = np.concatenate(self._positions[axis])
                 ordered = gs.Variable(self._ops.fresh.name(f"{name}.ordered"))
