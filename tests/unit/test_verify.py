@@ -768,10 +768,14 @@ class TestOnCuda:
         on_cpu = open_model_as_usual
 
         def open_model(
-            source: Model, provider: Provider, *, settings: SessionSettings
+            source: Model,
+            provider: Provider,
+            *,
+            large: bool | None = None,
+            settings: SessionSettings,
         ) -> Session:
             asked.append((provider, settings))
-            return on_cpu(source, Provider.CPU, settings=settings)
+            return on_cpu(source, Provider.CPU, large=large, settings=settings)
 
         monkeypatch.setattr(equivalence, "open_model", open_model)
         return asked
