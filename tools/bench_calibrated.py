@@ -24,6 +24,7 @@ from models.metrics import OUTPUT_SLOTS, task_accuracy, task_likelihood
 from onnx_decompose.calibrated import CalibrationContext, annealed_by, refitted, split_samples
 from onnx_decompose.cases import open_model
 from onnx_decompose.decay_proposals import decayed_units
+from onnx_decompose.errors import StructuralError
 from onnx_decompose.model_io import Model, load_model
 from onnx_decompose.options import Options
 from onnx_decompose.pipeline import rewrite
@@ -66,7 +67,11 @@ def report_deephme(path: Path, seeds: int) -> None:
                 data = Path(folder) / "normal.npz"
                 np.savez(data, allow_pickle=False, **{spec.name: given})
                 options = Options(calibration=data, budget=budget, batch=(256,), seed=seed)
-                made = rewrite(path, None, options)
+                try:
+                    made = rewrite(path, None, options)
+                except StructuralError as error:
+                    print(f"| {seed} | {budget:g} | {error} | | | | |", flush=True)
+                    continue
             found = made.report
             left = found.summary.weights_after / found.summary.weights_before
             held = "-" if found.annealing is None else f"{found.annealing.error:.1e}"
@@ -105,7 +110,7 @@ def _relative_error(before: Model, after: Model, name: str, x: Array) -> float:
     )
 
 
-def report_multitask(seeds: int) -> None:
+def report_multitask(seeds: int, budget: float) -> None:
     """Every task's test accuracy by the seed of the split; the test samples are no calibration samples."""
     path = MODELS / "multitask_dense.onnx"
     print(
@@ -117,7 +122,7 @@ def report_multitask(seeds: int) -> None:
         options = Options(
             calibration=MODELS / "multitask_dense_calibration.npz",
             metric="models.metrics:task_likelihood",
-            budget=0.02,
+            budget=budget,
             batch=(256,),
             seed=seed,
         )
@@ -303,11 +308,12 @@ def _main() -> None:
     )
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=0.02, help="of multitask")
     options = parser.parse_args()
     if options.question == "deephme":
         report_deephme(options.model, options.seeds)
     elif options.question == "multitask":
-        report_multitask(options.seeds)
+        report_multitask(options.seeds, options.budget)
     elif options.question == "ablate":
         report_ablation(options.model)
     elif options.question == "ablate-multitask":
