@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from onnx_decompose.calibrated import Generator
     from onnx_decompose.cost import CostModel
     from onnx_decompose.decompose import Attempt
-    from onnx_decompose.options import Options
+    from onnx_decompose.options import Options, ProposalKind
     from onnx_decompose.samples import Samples
     from onnx_decompose.sessions import Provider
     from onnx_decompose.study import Study
@@ -49,13 +49,13 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["GENERATORS", "Calibrated", "calibrate_within_budget", "context_for"]
 
-GENERATORS: tuple[Generator, ...] = (
-    decayed_units,
-    supported_groups,
-    removed_units,
-    merged_outputs,
-)
-"""What proposals come from."""
+GENERATORS: Mapping[ProposalKind, Generator] = {
+    "decay": decayed_units,
+    "support": supported_groups,
+    "removal": removed_units,
+    "merging": merged_outputs,
+}
+"""What proposals come from, by kind."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -145,8 +145,8 @@ class _Search:
     def best(self, to_beat: float) -> Calibrated | str:
         """The fastest proposal that passes, or why none does."""
         families: dict[str, list[Proposal]] = {}
-        for generate in GENERATORS:
-            for proposal in generate(self._context):
+        for kind in self._options.proposals or GENERATORS:
+            for proposal in GENERATORS[kind](self._context):
                 families.setdefault(proposal.family, []).append(proposal)
         fastest: list[tuple[float, list[Proposal]]] = []
         for family in families.values():

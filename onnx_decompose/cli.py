@@ -24,7 +24,7 @@ from onnx_decompose.console import (
 )
 from onnx_decompose.errors import ClaimError, DecomposeError, OptionError
 from onnx_decompose.model_io import check_output, save_model
-from onnx_decompose.options import Annealing, Options, ProviderChoice
+from onnx_decompose.options import Annealing, Options, ProposalKind, ProviderChoice
 from onnx_decompose.report import validation_json, write_json
 from onnx_decompose.state_graph import Emit
 from onnx_decompose.version import VERSION
@@ -229,6 +229,12 @@ def analyze(
     default="auto",
     show_default=True,
     help="What decides: the null (tested), the inputs (calibrated), or the faster of both unless --null names one.",
+)
+@click.option(
+    "--proposals",
+    type=click.Choice(get_args(ProposalKind)),
+    multiple=True,
+    help="A kind of proposals that calibrated annealing tries; may be given several times. [default: all]",
 )
 @click.option(
     "--compensation",

@@ -12,11 +12,14 @@ from onnx_decompose.state_graph import Emit
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Annealing", "Options", "ProviderChoice"]
+__all__ = ["Annealing", "Options", "ProposalKind", "ProviderChoice"]
 
 ProviderChoice = Literal["auto", "cpu", "cuda"]
 Annealing = Literal["auto", "tested", "calibrated"]
 """What decides over removal: both of the others, the faster one wins; the null; calibration data."""
+
+ProposalKind = Literal["decay", "support", "removal", "merging"]
+"""What calibrated annealing may propose: see ``calibrated_search.GENERATORS``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Options:
             the rest.
         annealing: ``tested`` removes what the null does not support, ``calibrated`` what the user's inputs do not need,
             ``auto`` takes the faster of the two; where a null is named, that is what is tested and nothing else.
+        proposals: the kinds of proposals that calibrated annealing tries; none named tries all.
         compensation: what makes up for what calibrated annealing removes: ``ridge`` (refitted weights), ``mean``
             (biases alone), ``none``.
         budget: bound of claim B: relative L2 error of every output, or the metric's drop; 0 removes nothing but
@@ -55,6 +59,7 @@ class Options:
     alpha: float = 0.01
     calibration: Path | None = None
     annealing: Annealing = "auto"
+    proposals: tuple[ProposalKind, ...] = ()
     compensation: Compensation = "ridge"
     budget: float = 0.01
     output_budgets: tuple[tuple[str, float], ...] = ()
@@ -124,7 +129,11 @@ class Options:
             ("annealing", get_args(Annealing)),
             ("compensation", get_args(Compensation)),
         ):
-            if getattr(self, name) not in choices:
-                raise OptionError(
-                    f"{name} {getattr(self, name)!r} is unknown; choose {', '.join(choices)}"
-                )
+            self._check_choice(name, getattr(self, name), choices)
+        for kind in self.proposals:
+            self._check_choice("proposals", kind, get_args(ProposalKind))
+
+    @staticmethod
+    def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            raise OptionError(f"{name} {value!r} is unknown; choose {', '.join(choices)}")

@@ -180,6 +180,7 @@ class TestOptions:
             alpha=0.2,
             calibration=tmp_path / "data.npz",
             annealing="calibrated",
+            proposals=("support", "merging"),
             compensation="mean",
             budget=0.3,
             provider="cpu",
@@ -199,6 +200,9 @@ class TestOptions:
             if field.name == "output_budgets":
                 for output, bound in value:
                     arguments += ["--output-budget", f"{output}={bound}"]
+                continue
+            if field.name == "proposals":
+                arguments += [part for kind in value for part in (name, kind)]
                 continue
             if field.name == "batch":
                 value = ",".join(map(str, value))

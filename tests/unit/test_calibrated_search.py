@@ -77,7 +77,7 @@ def found(
         refits.append(proposal.name)
         return refitted(context, proposal)
 
-    monkeypatch.setattr(calibrated_search, "GENERATORS", (nested,))
+    monkeypatch.setattr(calibrated_search, "GENERATORS", {"decay": nested})
     monkeypatch.setattr(calibrated_search, "attempt", noted)
     monkeypatch.setattr(calibrated_search, "refitted", noted_refit)
     options = Options(budget=1e-3, batch=(64,))
