@@ -525,6 +525,8 @@ def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
             f"{where} has a broken external data entry ({_one_line(error)})"
         ) from error
     folder = model.folder.resolve()
+    if not isinstance(info.location, str):  # protobuf gives what is not UTF-8 as bytes
+        raise ModelError(f"{where} points to a file whose name is not UTF-8; export it again")
     if "\0" in info.location:  # no file system has such names, and Python refuses to ask
         raise ModelError(
             f"{where} points to a file whose name holds a zero byte; export it again"

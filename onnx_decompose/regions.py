@@ -260,7 +260,8 @@ def _up_to_quantizer(
     passed: set[int] = set()
     while True:
         (after, *others) = readers.get(graph.node[index].output[0], {-1})
-        if others or len(elementwise.get(after, ())) != 2:
+        turns_round = after in passed  # in a graph that is no graph: a value that makes itself
+        if others or turns_round or len(elementwise.get(after, ())) != 2:
             return set()
         passed.add(after)
         if graph.node[after].op_type == "QuantizeLinear":

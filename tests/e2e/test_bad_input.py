@@ -413,6 +413,13 @@ class TestExternalData:
         self.point(external, "location", "model\0data")
         self.refuse(border, external, "down.weight", "zero byte")
 
+    def test_a_name_that_is_not_text(self, border: Border, external: Path) -> None:
+        self.point(external, "location", "model.data")
+        external.write_bytes(
+            external.read_bytes().replace(b"model.data", b"model.\xff\xfe\xff\xfe")
+        )
+        self.refuse(border, external, "down.weight", "not UTF-8")
+
     def test_the_data_is_a_folder(self, border: Border, external: Path) -> None:
         (external.parent / "sub").mkdir()
         self.point(external, "location", "sub")

@@ -11,6 +11,7 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
+from onnx_decompose import regions
 from onnx_decompose.model_io import Model
 from onnx_decompose.study import Study, state_graph, study_model
 
@@ -283,3 +284,12 @@ def test_ir_version_3_is_refused() -> None:
     study = study_model(Model(proto))
     assert (study.sites, study.regions) == ((), ())
     assert study.refused[0].reason.startswith("IR version 3 has no initializers that are not")
+
+
+def test_a_value_that_makes_itself_leads_to_no_quantizer() -> None:
+    graph = onnx.parser.parse_graph(
+        "g (float[B, 2] x, float[2, 2] w) => (float[B, 2] b) { a = MatMul(x, w) b = Mul(a, b) }"
+    )
+    readers = {"x": {0}, "w": {0}, "a": {1}, "b": {1}}
+    found = regions._up_to_quantizer(graph, 0, {1: ("b", "a")}, readers)
+    assert found == set()
