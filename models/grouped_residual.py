@@ -21,7 +21,7 @@ import itertools
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -134,11 +134,12 @@ def _classes(name: str) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float
 
 def _regressions() -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     makers = (datasets.make_friedman1, datasets.make_friedman2, datasets.make_friedman3)
-    generated = [
+    found: list[Any] = [datasets.load_diabetes(return_X_y=True)]
+    found += [
         maker(n_samples=GENERATED, noise=0.05, random_state=number)
         for number, maker in enumerate(makers)
     ]
-    return [datasets.load_diabetes(return_X_y=True), *generated]
+    return found
 
 
 def _values(

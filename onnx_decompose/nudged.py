@@ -17,7 +17,7 @@ from onnx_decompose.renames import subgraphs
 from onnx_decompose.shapes import opset_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableSequence
 
 __all__ = ["nudged"]
 
@@ -39,7 +39,7 @@ def nudged(model: Model) -> Model | None:
     return Model(proto, model.path) if count else None
 
 
-def _nudge(nodes: list[onnx.NodeProto], opset: int, count: int) -> int:
+def _nudge(nodes: MutableSequence[onnx.NodeProto], opset: int, count: int) -> int:
     """Change a repeated field of nodes and those inside them; returns ``count`` and how many were changed."""
     kept = list(nodes)
     result: list[onnx.NodeProto] = []

@@ -143,11 +143,11 @@ def _rewrite(model: Model, output: Path | None, options: Options) -> Rewrite:
         if harm is not None:
             refusal = f"the rewritten model is {harm}; the original was kept"
             return _unchanged(made.tried, output, options, made.measured, refusal)
-        model = made.model.proto
+        proto = made.model.proto
         if output is not None:
-            model = stage.save(made.model, study.source)
+            proto = stage.save(made.model, study.source)
     report = report_on(made.tried, options, made.measured)
-    return Rewrite(model, annealed_model(made.tried).proto, report)
+    return Rewrite(proto, annealed_model(made.tried).proto, report)
 
 
 def validate(  # noqa: PLR0913 (the command's options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -59,7 +59,7 @@ class Reference:
             return self._runner.run(wide)
         try:
             with np.errstate(all="ignore"):
-                found = self._runner.run(list(self._outputs), wide)
+                found: Any = self._runner.run(list(self._outputs), wide)
         except Exception as error:  # the operators' implementations raise whatever they like
             raise ModelError(f"not in float64: {_first_line(error)}") from error
         return dict(zip(self._outputs, found, strict=True))

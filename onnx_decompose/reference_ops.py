@@ -91,10 +91,11 @@ class _InRuntime(OpRun):
             if session is not None:
                 given = {f"x{n}": value for n, value in enumerate(inputs) if value is not None}
                 return tuple(session.run(given).values())
-        if self._standard is None:
+        standard: Any = self._standard
+        if standard is None:
             kind = load_op("", self.onnx_node.op_type, self.opset)
-            self._standard = kind(self.onnx_node, self._params)
-        found: tuple[Any, ...] = self._standard.run(*inputs)
+            standard = self._standard = kind(self.onnx_node, self._params)
+        found: tuple[Any, ...] = standard.run(*inputs)
         return found
 
     def _open(self, inputs: tuple[Any, ...]) -> Session | None:

@@ -199,11 +199,14 @@ class BranchEmitter:
     def _is_whole(self, name: str) -> bool:
         """Whether a single branch has all units of ``name``, which then stand at their places."""
         axis = self._region.axis_of[name]
-        if len(self._branches) > 1:
+        first, *others = self._branches
+        if others:
             return False
-        (units,) = self._positions.get(axis, [self._branches[0].units[axis]])
-        at_border = axis in self._positions
-        return units.size == self._region.axis_sizes[axis] and (is_run(units) or not at_border)
+        size = self._region.axis_sizes[axis]
+        if axis not in self._positions:
+            return first.units[axis].size == size
+        (units,) = self._positions[axis]
+        return units.size == size and is_run(units)
 
     def _cut(self, name: str, place: int) -> list[Value]:
         """The branches' parts of a value that comes from outside."""

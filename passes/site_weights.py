@@ -161,6 +161,6 @@ class SiteWeights:
             before = name
             value = gs.Variable(self._ops.fresh.name(f"{name}.{suffix}"))
             base = self._ops.fresh.name(f"{node.name or name}.{suffix}")
-            copy = gs.Node(node.op_type, base, {}, inputs, [value])
+            copy = gs.Node(node.op_type, base, {}, [*inputs], [value])
             self._ops.placed.append(Placed(copy, place, node))
         return value

@@ -29,8 +29,6 @@ from tools.planted_models import Blocks, control, ffn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from onnx_decompose.bench import Timing
 
 FORMS = ("dynamic", "dynamic-channel", "qdq", "qdq-channel", "qoperator")
@@ -64,7 +62,7 @@ def quantized(
                 [{"x": rng.normal(size=(rows, width)).astype(np.float32)} for _ in range(sets)]
             )
 
-        def get_next(self) -> dict[str, NDArray[Any]] | None:
+        def get_next(self) -> Any:
             """The next set."""
             return next(self._sets, None)
 

@@ -23,9 +23,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import atheris
+import atheris  # pyright: ignore[reportMissingModuleSource]
 
-with atheris.instrument_imports(include=["onnx_decompose"]):
+with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
+    include=["onnx_decompose"]
+):
     from onnx_decompose.analysis.criteria import make_criterion
     from onnx_decompose.errors import InputError
     from onnx_decompose.gather import gather_all

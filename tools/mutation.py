@@ -28,7 +28,9 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for number, subject in enumerate(subjects(dict.fromkeys(KINDS, arguments.each))):
+    each: int = arguments.each
+    wanted: dict[str, int] = dict.fromkeys(KINDS, each)
+    for number, subject in enumerate(subjects(wanted)):
         for position, mutation in enumerate(MUTATIONS):
             for draw in range(arguments.draws):
                 rng = np.random.default_rng([number, position, draw])

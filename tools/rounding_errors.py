@@ -90,7 +90,8 @@ def _planted() -> Iterator[tuple[onnx.ModelProto, Emit]]:
                 planted_models.block_triangular(192, blocks, dtype, rng),
                 planted_models.banded(192, 9, dtype, rng),
             ):
-                yield from ((planted.model, emit) for emit in emits)
+                for emit in emits:
+                    yield planted.model, emit
 
 
 def _compared(proto: onnx.ModelProto, emit: Emit) -> Iterator[Compared]:

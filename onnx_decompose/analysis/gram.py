@@ -81,21 +81,21 @@ class MomentAccumulator:
             weight: (rows,) weight of each row, 0 or more; 1 by default.
         """
         x = _rows(x)
-        y = np.zeros((x.shape[0], 0)) if y is None else _rows(y)
+        made = np.zeros((x.shape[0], 0)) if y is None else _rows(y)
         if not x.shape[0]:
             return
         if not self._begun:
-            self._begin(x, y)
+            self._begin(x, made)
         x -= self._shift_x
-        y -= self._shift_y
+        made -= self._shift_y
         weight = np.ones(x.shape[0]) if weight is None else weight
         self._count += float(weight.sum())
         weighted = x * weight[:, None]
         self._sum_x += weighted.sum(axis=0)
-        self._sum_y += weight @ y
+        self._sum_y += weight @ made
         self._xx += weighted.T @ x
-        self._xy += weighted.T @ y
-        self._yy += weight @ y**2
+        self._xy += weighted.T @ made
+        self._yy += weight @ made**2
 
     def result(self) -> Moments:
         """The moments of everything so far; of nothing, all zero."""

@@ -12,7 +12,7 @@ One unit at a time, so that of two that say the same only one goes. Means take n
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.intp]
 
 __all__ = ["Removal", "Reader", "removal_order"]
+
+_add_outer: Any = scipy.linalg.blas.dger  # pyright: ignore[reportAttributeAccessIssue]
+"""BLAS's a += alpha x y^T, in place; made when scipy is imported."""
 
 _RIDGE = 1e-6
 """Of the mean variance of a unit: a covariance of few samples has no inverse."""
@@ -124,7 +127,7 @@ class _State:
         pivot = column[unit]
         row = self._weight[unit].copy()
         for array, other in ((self._weight, row), (self._inverse, column)):
-            scipy.linalg.blas.dger(-1 / pivot, column, other, a=array, overwrite_a=True)
+            _add_outer(-1 / pivot, column, other, a=array, overwrite_a=True)
         self._weight[unit] = 0
         self._inverse[unit] = 0
         self._inverse[:, unit] = 0

@@ -129,6 +129,7 @@ def _scalar(
     if kind in _FLOATS:
         return _REALS[int(rng.integers(len(_REALS)))]
     if kind == FieldDescriptor.CPPTYPE_ENUM:
+        assert field.enum_type is not None
         return int(rng.choice([value.number for value in field.enum_type.values]))
     number = _NUMBERS[int(rng.integers(len(_NUMBERS)))]
     if rng.random() < 0.3:

@@ -161,7 +161,8 @@ class TestEightHiddenBlocks:
 
     def test_bfloat16(self, command: Command, tmp_path: Path) -> None:
         """Found; but onnxruntime has no such kernels on the CPU, so that nothing could be proved there."""
-        planted = plant(Recipe(dtype=ml_dtypes.bfloat16), np.random.default_rng(5))
+        bfloat16: Any = ml_dtypes.bfloat16
+        planted = plant(Recipe(dtype=bfloat16), np.random.default_rng(5))
         source, output = save(planted.model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
         report = tmp_path / "report.json"
         assert command("analyze", source, "--report", report).code == 0

@@ -134,7 +134,8 @@ def run(proto: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray
     import onnxruntime  # noqa: PLC0415
 
     session = onnxruntime.InferenceSession(proto.SerializeToString())
-    return list(session.run(None, feeds))
+    found: Any = session.run(None, feeds)
+    return list(found)
 
 
 def test_regions_join_over_calls_and_never_over_the_edge_of_a_body() -> None:

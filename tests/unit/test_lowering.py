@@ -40,8 +40,8 @@ def check(model: Model, *shapes: tuple[int, ...]) -> list[str]:
         value.name: RNG.normal(size=shape).astype(np.float32)
         for value, shape in zip(model.proto.graph.input, shapes, strict=True)
     }
-    expected = onnx.reference.ReferenceEvaluator(model.proto).run(None, feeds)
-    got = onnx.reference.ReferenceEvaluator(flat.model.proto).run(None, feeds)
+    expected: Any = onnx.reference.ReferenceEvaluator(model.proto).run(None, feeds)
+    got: Any = onnx.reference.ReferenceEvaluator(flat.model.proto).run(None, feeds)
     for first, second in zip(got, expected, strict=True):
         assert first.shape == second.shape
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5)
@@ -267,8 +267,8 @@ def test_what_reads_inside_another_form_is_closed_with_it_or_not_at_all(changed:
     ops = [node.op_type for node in found.graph.node]
     assert (ops.count("Transpose"), ops.count("Identity")) == (3, 1)
     x = RNG.normal(size=(5, 3)).astype(np.float32)
-    expected = onnx.reference.ReferenceEvaluator(model.proto).run(None, {"x": x})
-    got = onnx.reference.ReferenceEvaluator(found).run(None, {"x": x})
+    expected: Any = onnx.reference.ReferenceEvaluator(model.proto).run(None, {"x": x})
+    got: Any = onnx.reference.ReferenceEvaluator(found).run(None, {"x": x})
     for first, second in zip(got, expected, strict=True):
         np.testing.assert_allclose(first, second, rtol=1e-5)
 

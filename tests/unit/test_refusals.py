@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import onnx
 import onnx.parser
 import pytest
@@ -232,11 +235,11 @@ NO_MATRIX = {
 
 def test_every_operator_of_onnxruntime_that_holds_a_weight_is_known() -> None:
     """By the names of its inputs; a newer onnxruntime may bring more."""
-    from onnxruntime.capi import onnxruntime_pybind11_state  # noqa: PLC0415
+    runtime: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
 
     holders = {
         schema.name
-        for schema in onnxruntime_pybind11_state.get_all_operator_schema()
+        for schema in runtime.get_all_operator_schema()
         if schema.domain == "com.microsoft"
         and any(
             one.name in {"B", "R", "W"} or "weight" in one.name.lower() for one in schema.inputs
