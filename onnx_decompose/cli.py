@@ -23,7 +23,7 @@ from onnx_decompose.console import (
     show_timing,
 )
 from onnx_decompose.errors import ClaimError, DecomposeError, OptionError
-from onnx_decompose.model_io import check_output, save_model
+from onnx_decompose.model_io import check_output, remove_temporaries, save_model
 from onnx_decompose.options import Annealing, Options, ProposalKind, ProviderChoice
 from onnx_decompose.report import validation_json, write_json
 from onnx_decompose.state_graph import Emit
@@ -442,6 +442,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt, _AskedToEnd):
+        remove_temporaries()
         _fail("interrupted; every file that is there is whole", _EXIT_INTERRUPTED)
     except DecomposeError as error:
         _fail(str(error), error.exit_code)

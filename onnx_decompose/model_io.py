@@ -12,8 +12,8 @@ import logging
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,7 @@ __all__ = [
     "load_model",
     "model_files",
     "read_tensor",
+    "remove_temporaries",
     "save_model",
     "writing",
 ]
@@ -328,6 +329,15 @@ def writing(path: Path) -> Iterator[Path]:
         _put(temporary, path)
 
 
+def remove_temporaries() -> None:
+    """What an interruption of the clearing up itself may have left."""
+    for temporary in _temporaries:
+        temporary.unlink(missing_ok=True)
+
+
+_temporaries: set[Path] = set()
+
+
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """A temporary file in the folder of ``path``, gone at the end unless it was put in its place.
@@ -335,16 +345,15 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: as ``writing``.
     """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+    _temporaries.add(temporary)  # before it is there: an interruption may come at any moment
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
         try:
-            # mkstemp is private to its owner; an output should get what any new file gets.
-            temporary.chmod(0o666 & ~_umask())
+            temporary.open("xb").close()
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+            _temporaries.discard(temporary)
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error}); choose another path"
@@ -361,12 +370,6 @@ def _put(temporary: Path, path: Path) -> None:
 def external_files(model: Model) -> set[Path]:
     """The external data files that ``model`` refers to."""
     return {_external_path(model, tensor) for tensor in external_tensors(model.proto)}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_decompose import model_io
 from onnx_decompose.errors import ModelError, OutputError
 from onnx_decompose.model_io import (
     Model,
@@ -373,3 +374,17 @@ class TestTheOutputIsWhole:
         save_model(self.weighted(source, 2), tmp_path / "out.onnx", data_from=source)
         assert self.held(tmp_path / "kept.onnx") == 1
         assert self.held(tmp_path / "out.onnx") == 2
+
+
+def test_what_clearing_up_left_is_removed_at_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt), model_io.writing(tmp_path / "out.onnx"):
+            raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 1
+    model_io.remove_temporaries()
+    assert not list(tmp_path.iterdir())
