@@ -14,7 +14,7 @@ import torch
 
 from models.data import load_task_data
 from models.mlp import MLP
-from onnx_decompose.init_recorder import InitRecorder
+from onnx_decompose.records.init_recorder import InitRecorder
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

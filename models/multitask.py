@@ -26,7 +26,7 @@ import torch
 
 from models.data import load_multitask_data, multitask_slots
 from models.mlp import MLP
-from onnx_decompose.init_recorder import InitRecorder
+from onnx_decompose.records.init_recorder import InitRecorder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from models.data import Split
     from models.mlp import MLP
-    from onnx_decompose.init_recorder import InitRecorder
+    from onnx_decompose.records.init_recorder import InitRecorder
 
 SCALING = {
     "digits": "pixels / 16",

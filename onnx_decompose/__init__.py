@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from onnx_decompose.bench import Timing
 from onnx_decompose.errors import (
     AnnealingError,
     ClaimError,
@@ -37,13 +36,14 @@ from onnx_decompose.errors import (
 )
 from onnx_decompose.options import Options
 from onnx_decompose.pipeline import Rewrite, analyze, bench, rewrite, validate
-from onnx_decompose.report import Report
-from onnx_decompose.verify import Tolerance, Validation
+from onnx_decompose.reporting.report import Report
+from onnx_decompose.timing.bench import Timing
+from onnx_decompose.verification.verify import Tolerance, Validation
 from onnx_decompose.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from onnx_decompose.exporter import export
-    from onnx_decompose.init_recorder import InitRecorder
+    from onnx_decompose.records.init_recorder import InitRecorder
 
 __all__ = [
     # the five verbs
@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
 
         return export
     if name == "InitRecorder":
-        from onnx_decompose.init_recorder import InitRecorder
+        from onnx_decompose.records.init_recorder import InitRecorder
 
         return InitRecorder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

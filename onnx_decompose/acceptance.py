@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_decompose.bench import Timing, bench_models, slowdown, timing_feeds
-from onnx_decompose.cases import is_large, open_model, working_size
-from onnx_decompose.decompose import Attempt, rewritten_model
+from onnx_decompose.decomposition.decompose import Attempt, rewritten_model
 from onnx_decompose.errors import AnnealingError, StructuralError
-from onnx_decompose.feeds import index_limits
-from onnx_decompose.metadata import write_decomposition
-from onnx_decompose.no_harm import (
+from onnx_decompose.model.metadata import write_decomposition
+from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.reporting.summarize import Measured
+from onnx_decompose.runtime.cases import is_large, open_model, working_size
+from onnx_decompose.runtime.feeds import index_limits
+from onnx_decompose.timing.bench import Timing, bench_models, slowdown, timing_feeds
+from onnx_decompose.timing.no_harm import (
     MOST_TRIES,
     region_timings,
     short_settings,
     without_harmful,
     without_recurrent,
 )
-from onnx_decompose.region_bench import RegionBench
-from onnx_decompose.summarize import Measured
-from onnx_decompose.tensors import graph_inputs
-from onnx_decompose.verify import (
+from onnx_decompose.timing.region_bench import RegionBench
+from onnx_decompose.verification.verify import (
     AnnealingClaim,
     StructuralClaim,
     measure_annealing,
@@ -35,11 +35,11 @@ from onnx_decompose.version import VERSION
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from onnx_decompose.model_io import Model
+    from onnx_decompose.model.model_io import Model
+    from onnx_decompose.model.staging import Stage
     from onnx_decompose.options import Options
-    from onnx_decompose.sessions import Provider
-    from onnx_decompose.staging import Stage
-    from onnx_decompose.verify import Inputs
+    from onnx_decompose.runtime.sessions import Provider
+    from onnx_decompose.verification.verify import Inputs
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from onnx_decompose.console import (
     show_timing,
 )
 from onnx_decompose.errors import ClaimError, DecomposeError, OptionError
-from onnx_decompose.model_io import check_output, remove_temporaries, save_model
+from onnx_decompose.model.model_io import check_output, remove_temporaries, save_model
 from onnx_decompose.options import Annealing, Options, ProposalKind, ProviderChoice
-from onnx_decompose.report import validation_json, write_json
-from onnx_decompose.state_graph import Emit
+from onnx_decompose.planning.state_graph import Emit
+from onnx_decompose.reporting.report import validation_json, write_json
 from onnx_decompose.version import VERSION
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def rewrite(
     **options: Any,
 ) -> None:
     """Decompose, verify, time; write only what passes."""
-    from onnx_decompose.model_io import load_model
+    from onnx_decompose.model.model_io import load_model
     from onnx_decompose.pipeline import rewrite as run
 
     if output is None and not dry_run:
@@ -348,7 +348,7 @@ def validate(
 ) -> None:
     """Check claims A and B from the two files alone."""
     from onnx_decompose.pipeline import validate as run
-    from onnx_decompose.verify import Tolerance
+    from onnx_decompose.verification.verify import Tolerance
 
     _check_outputs([report], [original, rewritten])
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
@@ -498,6 +498,6 @@ def _write_reports(report: Any, as_json: Path | None, as_html: Path | None) -> N
     if as_json is not None:
         write_json(report.to_json(), as_json)
     if as_html is not None:
-        from onnx_decompose.html import write_html
+        from onnx_decompose.reporting.html import write_html
 
         write_html(report, as_html)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from onnx_decompose.cost_cache import COEFFICIENTS
+from onnx_decompose.timing.cost_cache import COEFFICIENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
-    from onnx_decompose.bench import Timing
-    from onnx_decompose.cost import CostModel
-    from onnx_decompose.report import Report, SiteReport
-    from onnx_decompose.verify import AnnealingClaim, StructuralClaim
+    from onnx_decompose.planning.cost import CostModel
+    from onnx_decompose.reporting.report import Report, SiteReport
+    from onnx_decompose.timing.bench import Timing
+    from onnx_decompose.verification.verify import AnnealingClaim, StructuralClaim
 
 __all__ = ["progress", "show_claims", "show_cost", "show_report", "show_timing"]
 

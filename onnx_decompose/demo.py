@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from onnx_decompose.cases import open_model
 from onnx_decompose.console import show_claims, show_report, show_timing
 from onnx_decompose.errors import ClaimError, InputError
-from onnx_decompose.metrics import load_metric
-from onnx_decompose.model_io import load_model
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.options import Options, ProposalKind
 from onnx_decompose.pipeline import analyze, bench, rewrite, validate
-from onnx_decompose.report import write_json
-from onnx_decompose.samples import load_inputs
-from onnx_decompose.sessions import resolve_provider
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.reporting.report import write_json
+from onnx_decompose.runtime.cases import open_model
+from onnx_decompose.runtime.samples import load_inputs
+from onnx_decompose.runtime.sessions import resolve_provider
+from onnx_decompose.verification.metrics import load_metric
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from onnx import external_data_helper
 
 from onnx_decompose.errors import ModelError, OptionError, OutputError
-from onnx_decompose.init_recorder import InitRecorder, parameter_array
-from onnx_decompose.model_io import writing
-from onnx_decompose.object_spec import imported_callable, one_line
-from onnx_decompose.record_matching import attach_records
-from onnx_decompose.torch_import import import_torch
+from onnx_decompose.model.model_io import writing
+from onnx_decompose.records.init_recorder import InitRecorder, parameter_array
+from onnx_decompose.records.object_spec import imported_callable, one_line
+from onnx_decompose.records.record_matching import attach_records
+from onnx_decompose.records.torch_import import import_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -74,7 +74,7 @@ def export(
         **options: see :class:`ExportOptions`.
 
     Returns:
-        The model. The records are in its metadata (``onnx_decompose.priors.read_records``).
+        The model. The records are in its metadata (``onnx_decompose.records.priors.read_records``).
 
     Raises:
         OptionError: torch is not installed, or an option is unknown or of the wrong type.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from onnx_decompose.analysis.refit import Compensation
 from onnx_decompose.errors import OptionError
-from onnx_decompose.state_graph import Emit
+from onnx_decompose.planning.state_graph import Emit
 
 if TYPE_CHECKING:
     from pathlib import Path

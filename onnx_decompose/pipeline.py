@@ -10,17 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from onnx_decompose import calibration
 from onnx_decompose.acceptance import make, time_models
 from onnx_decompose.analysis.criteria import make_criterion
-from onnx_decompose.autotune import autotuned
-from onnx_decompose.cost_cache import cost_model, prepare, store
-from onnx_decompose.decompose import Attempt, annealed_model
+from onnx_decompose.decomposition.decompose import Attempt, annealed_model
+from onnx_decompose.decomposition.gather import gather_all
 from onnx_decompose.errors import OptionError
-from onnx_decompose.gather import gather_all
-from onnx_decompose.metadata import rewritten_before
-from onnx_decompose.metrics import TOP1, load_metric
-from onnx_decompose.model_io import (
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.metadata import rewritten_before
+from onnx_decompose.model.model_io import (
     Model,
     check_output,
     copy_model,
@@ -28,19 +25,22 @@ from onnx_decompose.model_io import (
     model_files,
     save_model,
 )
+from onnx_decompose.model.staging import staging
+from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.model.validity import blaming
 from onnx_decompose.options import Options, ProviderChoice
-from onnx_decompose.region_bench import RegionBench
-from onnx_decompose.reproducer import reproduce, write_reproducer
-from onnx_decompose.samples import load_inputs
+from onnx_decompose.reporting.summarize import Measured, alternatives, report_on
+from onnx_decompose.runtime.samples import load_inputs
+from onnx_decompose.runtime.sessions import Provider, resolve_provider
 from onnx_decompose.schedule import anneal_within_budget, attempt_with, measure_annealed
-from onnx_decompose.second_opinion import second_opinion
-from onnx_decompose.sessions import Provider, resolve_provider
-from onnx_decompose.staging import staging
-from onnx_decompose.study import study_model
-from onnx_decompose.summarize import Measured, alternatives, report_on
-from onnx_decompose.tensors import graph_inputs
-from onnx_decompose.validity import blaming
-from onnx_decompose.verify import (
+from onnx_decompose.timing import calibration
+from onnx_decompose.timing.autotune import autotuned
+from onnx_decompose.timing.cost_cache import cost_model, prepare, store
+from onnx_decompose.timing.region_bench import RegionBench
+from onnx_decompose.verification.metrics import TOP1, load_metric
+from onnx_decompose.verification.reproducer import reproduce, write_reproducer
+from onnx_decompose.verification.second_opinion import second_opinion
+from onnx_decompose.verification.verify import (
     Inputs,
     Tolerance,
     Validation,
@@ -48,9 +48,9 @@ from onnx_decompose.verify import (
 )
 
 if TYPE_CHECKING:
-    from onnx_decompose.bench import Timing
-    from onnx_decompose.cost import CostModel
-    from onnx_decompose.report import Report
+    from onnx_decompose.planning.cost import CostModel
+    from onnx_decompose.reporting.report import Report
+    from onnx_decompose.timing.bench import Timing
 
 
 logger = logging.getLogger(__name__)

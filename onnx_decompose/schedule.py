@@ -15,23 +15,23 @@ import numpy as np
 
 from onnx_decompose.analysis.criteria import Criterion, make_criterion
 from onnx_decompose.analysis.shared import Shared
-from onnx_decompose.calibrated_search import Calibrated, calibrate_within_budget
-from onnx_decompose.cost_cache import cost_model
-from onnx_decompose.decompose import Attempt, annealed_model, attempt
-from onnx_decompose.gather import gather_all
-from onnx_decompose.metadata import rewritten_before
-from onnx_decompose.summarize import reason_of
-from onnx_decompose.verify import AnnealingClaim, measure_annealing
+from onnx_decompose.calibrated.search import Calibrated, calibrate_within_budget
+from onnx_decompose.decomposition.decompose import Attempt, annealed_model, attempt
+from onnx_decompose.decomposition.gather import gather_all
+from onnx_decompose.model.metadata import rewritten_before
+from onnx_decompose.reporting.summarize import reason_of
+from onnx_decompose.timing.cost_cache import cost_model
+from onnx_decompose.verification.verify import AnnealingClaim, measure_annealing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from onnx_decompose.analysis.evidence import Evidence
-    from onnx_decompose.cost import CostModel
+    from onnx_decompose.graph.study import Study
     from onnx_decompose.options import Options
-    from onnx_decompose.sessions import Provider
-    from onnx_decompose.study import Study
-    from onnx_decompose.verify import Inputs
+    from onnx_decompose.planning.cost import CostModel
+    from onnx_decompose.runtime.sessions import Provider
+    from onnx_decompose.verification.verify import Inputs
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import onnx
 
 from onnx_decompose.errors import PassError
-from onnx_decompose.shapes import skeleton
+from onnx_decompose.model.shapes import skeleton
 
 if TYPE_CHECKING:
-    from onnx_decompose.model_io import Model
+    from onnx_decompose.model.model_io import Model
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_decompose.borders import gathered_order, is_run, layout_of
+from onnx_decompose.graph.per_unit import constant_axis, constant_units, neutral
 from onnx_decompose.passes.site_weights import SiteWeights
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.per_unit import constant_axis, constant_units, neutral
-from onnx_decompose.state_graph import Branch, is_cascade
+from onnx_decompose.planning.borders import gathered_order, is_run, layout_of
+from onnx_decompose.planning.state_graph import Branch, is_cascade
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from onnx_decompose.constants import Constants
-    from onnx_decompose.metadata import Block
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.model.constants import Constants
+    from onnx_decompose.model.metadata import Block
     from onnx_decompose.passes.tensor_ops import TensorOps, Value
-    from onnx_decompose.plan import RegionPlan
-    from onnx_decompose.regions import Region
-    from onnx_decompose.sites import Site
+    from onnx_decompose.planning.plan import RegionPlan
 
 __all__ = ["BranchEmitter", "Emitter"]
 

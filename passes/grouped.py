@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_decompose.graph.unit_layouts import folded_biases, stack_form
 from onnx_decompose.passes.layouts import LAYOUTS, Spread
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.unit_layouts import folded_biases, stack_form
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from onnx_decompose.constants import Constants
-    from onnx_decompose.metadata import Block
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.model.constants import Constants
+    from onnx_decompose.model.metadata import Block
     from onnx_decompose.passes.tensor_ops import TensorOps, Value
-    from onnx_decompose.plan import RegionPlan
-    from onnx_decompose.regions import Region
-    from onnx_decompose.sites import Site
-    from onnx_decompose.state_graph import Branch
+    from onnx_decompose.planning.plan import RegionPlan
+    from onnx_decompose.planning.state_graph import Branch
 
     IntArray = NDArray[np.intp]
 

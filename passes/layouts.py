@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_decompose.metadata import Block
+from onnx_decompose.model.metadata import Block
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.graph.unit_layouts import StackForm
     from onnx_decompose.passes.tensor_ops import TensorOps, Value
-    from onnx_decompose.stacks import StackLayout
-    from onnx_decompose.unit_layouts import StackForm
+    from onnx_decompose.planning.stacks import StackLayout
 
     IntArray = NDArray[np.intp]
 

@@ -19,21 +19,21 @@ import onnx_graphsurgeon as gs
 
 from onnx_decompose.analysis.recurrence import unit_columns
 from onnx_decompose.errors import PassError
-from onnx_decompose.metadata import Block, SlicedConstant
-from onnx_decompose.model_io import Model
+from onnx_decompose.graph.sites import attribute_values
+from onnx_decompose.model.metadata import Block, SlicedConstant
+from onnx_decompose.model.model_io import Model
+from onnx_decompose.model.shapes import opset_of
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.splice import Fresh, Placed, constant_nodes, splice, with_nodes
-from onnx_decompose.shapes import opset_of
-from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.graph.recurrent import RecurrentSite, RecurrentWeight
     from onnx_decompose.passes.tensor_ops import Value
-    from onnx_decompose.plan_recurrent import Cell, RecurrentPlan
-    from onnx_decompose.recurrent import RecurrentSite, RecurrentWeight
+    from onnx_decompose.planning.plan_recurrent import Cell, RecurrentPlan
 
 __all__ = ["ReplaceRecurrentWeights", "RewriteRecurrent"]
 

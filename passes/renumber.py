@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from onnx_decompose.metadata import Block, Reordered
-from onnx_decompose.sites import SITES, node_names
+from onnx_decompose.graph.sites import SITES, node_names
+from onnx_decompose.model.metadata import Block, Reordered
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
-    from onnx_decompose.constants import Constants
+    from onnx_decompose.graph.unit_spaces import UnitSpace
+    from onnx_decompose.model.constants import Constants
     from onnx_decompose.passes.splice import Fresh
-    from onnx_decompose.unit_spaces import UnitSpace
 
     Orders = Sequence[tuple[UnitSpace, NDArray[np.intp]]]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from onnx_decompose.biases import find_biases
-from onnx_decompose.constants import Constants
-from onnx_decompose.model_io import Model
+from onnx_decompose.graph.biases import find_biases
+from onnx_decompose.graph.quantized import weight_position
+from onnx_decompose.model.constants import Constants
+from onnx_decompose.model.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult
 from onnx_decompose.passes.splice import Fresh, constant_nodes, with_nodes
-from onnx_decompose.quantized import weight_position
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
-    from onnx_decompose.biases import Bias
-    from onnx_decompose.sites import Site
+    from onnx_decompose.graph.biases import Bias
+    from onnx_decompose.graph.sites import Site
 
 __all__ = ["ReplaceWeights"]
 

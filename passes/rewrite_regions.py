@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from onnx_decompose.constants import Constants
 from onnx_decompose.errors import PassError
-from onnx_decompose.model_io import Model
+from onnx_decompose.model.constants import Constants
+from onnx_decompose.model.model_io import Model
+from onnx_decompose.model.shapes import opset_of
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.branches import BranchEmitter
 from onnx_decompose.passes.grouped import GroupedEmitter
@@ -15,21 +16,20 @@ from onnx_decompose.passes.renumber import renumber
 from onnx_decompose.passes.shared import SharedEmitter
 from onnx_decompose.passes.splice import Fresh, constant_nodes, splice
 from onnx_decompose.passes.tensor_ops import TensorOps
-from onnx_decompose.shapes import opset_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.metadata import Block, Reordered
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.model.metadata import Block, Reordered
+    from onnx_decompose.model.shapes import Dim
     from onnx_decompose.passes.branches import Emitter
     from onnx_decompose.passes.renumber import Orders
-    from onnx_decompose.plan import RegionPlan
-    from onnx_decompose.regions import Region
-    from onnx_decompose.shapes import Dim
-    from onnx_decompose.sites import Site
-    from onnx_decompose.state_graph import Decision
+    from onnx_decompose.planning.plan import RegionPlan
+    from onnx_decompose.planning.state_graph import Decision
 
 __all__ = ["RewriteRegions"]
 

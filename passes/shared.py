@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_decompose.metadata import Block
+from onnx_decompose.graph.sites import attribute_values
+from onnx_decompose.model.metadata import Block
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from onnx_decompose.constants import Constants
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.model.constants import Constants
     from onnx_decompose.passes.tensor_ops import TensorOps, Value
-    from onnx_decompose.plan import RegionPlan
-    from onnx_decompose.regions import Region
+    from onnx_decompose.planning.plan import RegionPlan
 
 __all__ = ["SharedEmitter"]
 

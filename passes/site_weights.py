@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_decompose.metadata import Block
+from onnx_decompose.graph.quantized import weight_position
+from onnx_decompose.graph.sites import attribute_values
+from onnx_decompose.model.metadata import Block
 from onnx_decompose.passes.splice import Placed
-from onnx_decompose.quantized import weight_position
-from onnx_decompose.sites import attribute_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from onnx_decompose.constants import Constants
+    from onnx_decompose.graph.quantized import Operand, Quantized
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.model.constants import Constants
     from onnx_decompose.passes.tensor_ops import TensorOps, Value
-    from onnx_decompose.quantized import Operand, Quantized
-    from onnx_decompose.sites import Site
 
     IntArray = NDArray[np.intp]
 

@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from onnx_decompose.flat import RESERVED_KEY
+from onnx_decompose.graph.flat import RESERVED_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence

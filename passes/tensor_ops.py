@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_decompose.metadata import Block
+from onnx_decompose.model.metadata import Block
 from onnx_decompose.passes.splice import Placed
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.model.shapes import Dim
     from onnx_decompose.passes.splice import Fresh
-    from onnx_decompose.shapes import Dim
 
     Value: TypeAlias = gs.Variable | gs.Constant
 

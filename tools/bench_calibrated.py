@@ -21,26 +21,31 @@ import numpy as np
 import onnx
 
 from models.metrics import OUTPUT_SLOTS, task_accuracy, task_likelihood
-from onnx_decompose.calibrated import CalibrationContext, annealed_by, refitted, split_samples
-from onnx_decompose.cases import open_model
-from onnx_decompose.decay_proposals import decayed_units
+from onnx_decompose.calibrated.decay_proposals import decayed_units
+from onnx_decompose.calibrated.refitting import (
+    CalibrationContext,
+    annealed_by,
+    refitted,
+    split_samples,
+)
+from onnx_decompose.calibrated.support_proposals import supported_groups
 from onnx_decompose.errors import StructuralError
-from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import Model, load_model
+from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.options import Options
 from onnx_decompose.pipeline import rewrite
-from onnx_decompose.samples import load_inputs, samples_from_arrays
-from onnx_decompose.sessions import Provider
-from onnx_decompose.study import study_model
-from onnx_decompose.support_proposals import supported_groups
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.runtime.cases import open_model
+from onnx_decompose.runtime.samples import load_inputs, samples_from_arrays
+from onnx_decompose.runtime.sessions import Provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.calibrated import Proposal
-    from onnx_decompose.samples import Samples
+    from onnx_decompose.calibrated.refitting import Proposal
+    from onnx_decompose.runtime.samples import Samples
 
     Array = NDArray[np.float32]
 

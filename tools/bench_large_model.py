@@ -28,13 +28,13 @@ _DECOMPOSE = """
 import sys, pathlib
 import numpy as np
 from onnx_decompose.analysis.criteria import make_criterion
-from onnx_decompose.cost import CPU
-from onnx_decompose.decompose import attempt, rewritten_model
-from onnx_decompose.gather import gather_all
-from onnx_decompose.metadata import write_decomposition
-from onnx_decompose.model_io import load_model, save_model
+from onnx_decompose.planning.cost import CPU
+from onnx_decompose.decomposition.decompose import attempt, rewritten_model
+from onnx_decompose.decomposition.gather import gather_all
+from onnx_decompose.model.metadata import write_decomposition
+from onnx_decompose.model.model_io import load_model, save_model
 from onnx_decompose.options import Options
-from onnx_decompose.study import study_model
+from onnx_decompose.graph.study import study_model
 source, output = map(pathlib.Path, sys.argv[1:])
 study = study_model(load_model(source))
 evidence = gather_all(study, Options(null="zero"))

@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_decompose.bench import BenchSettings, bench_models, slowdown, timing_feeds
-from onnx_decompose.sessions import resolve_provider
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.runtime.sessions import resolve_provider
+from onnx_decompose.timing.bench import BenchSettings, bench_models, slowdown, timing_feeds
 
 SHAPES = ((64, 64), (256, 512), (512, 2048))
 BATCHES = (1, 16, 128)

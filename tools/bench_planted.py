@@ -32,17 +32,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import onnx_decompose
 from onnx_decompose.analysis.cascades import States, condense_states, find_cascades
 from onnx_decompose.analysis.criteria import make_criterion
-from onnx_decompose.bench import BenchSettings, Timing, bench_candidates, timing_feeds
-from onnx_decompose.cost import CPU
-from onnx_decompose.cost_cache import this_machine
-from onnx_decompose.decompose import attempt
+from onnx_decompose.decomposition.decompose import attempt
+from onnx_decompose.decomposition.gather import gather_all
 from onnx_decompose.errors import DecomposeError
-from onnx_decompose.gather import gather_all
-from onnx_decompose.model_io import load_model
+from onnx_decompose.graph.study import state_graph, study_model
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.options import Options
-from onnx_decompose.sessions import Provider, SessionSettings, open_session, resolve_provider
-from onnx_decompose.study import state_graph, study_model
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.planning.cost import CPU
+from onnx_decompose.runtime.sessions import (
+    Provider,
+    SessionSettings,
+    open_session,
+    resolve_provider,
+)
+from onnx_decompose.timing.bench import BenchSettings, Timing, bench_candidates, timing_feeds
+from onnx_decompose.timing.cost_cache import this_machine
 from tools.planted_models import (
     Blocks,
     PlantedModel,
@@ -64,8 +69,8 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from onnx_decompose.report import Report
-    from onnx_decompose.state_graph import StateGraph
+    from onnx_decompose.planning.state_graph import StateGraph
+    from onnx_decompose.reporting.report import Report
 
     Build = Callable[[type[np.floating[Any]], np.random.Generator], PlantedModel]
 

@@ -21,15 +21,15 @@ import numpy as np
 import onnx
 
 import onnx_decompose
-from onnx_decompose.bench import BenchSettings, bench_candidates
 from onnx_decompose.errors import DecomposeError
-from onnx_decompose.sessions import Provider
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.timing.bench import BenchSettings, bench_candidates
 from tools.planted_models import Blocks, control, ffn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from onnx_decompose.bench import Timing
+    from onnx_decompose.timing.bench import Timing
 
 FORMS = ("dynamic", "dynamic-channel", "qdq", "qdq-channel", "qoperator")
 BLOCKS = 8

@@ -20,8 +20,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import onnx_decompose
-from onnx_decompose.bench import BenchSettings, bench_candidates
-from onnx_decompose.sessions import Provider
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.timing.bench import BenchSettings, bench_candidates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 import onnx_decompose
-from onnx_decompose.constants import Constants
 from onnx_decompose.errors import DecomposeError
-from onnx_decompose.model_io import load_model
-from onnx_decompose.sites import find_sites
+from onnx_decompose.graph.sites import find_sites
+from onnx_decompose.model.constants import Constants
+from onnx_decompose.model.model_io import load_model
 from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:
-    from onnx_decompose.constants import Constant
-    from onnx_decompose.model_io import Model
-    from onnx_decompose.report import Report
-    from onnx_decompose.sites import Site
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.model.constants import Constant
+    from onnx_decompose.model.model_io import Model
+    from onnx_decompose.reporting.report import Report
 
 __all__ = ["check_file"]
 

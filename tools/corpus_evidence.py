@@ -27,10 +27,10 @@ from onnx_decompose.analysis.null import parse_null
 from onnx_decompose.analysis.record import Prior
 from onnx_decompose.analysis.shared import shared_lines
 from onnx_decompose.analysis.structure import Edge, live_units
-from onnx_decompose.constants import Constants
-from onnx_decompose.model_io import load_model
-from onnx_decompose.sessions import Provider, open_session
-from onnx_decompose.sites import Site, find_sites, site_weight
+from onnx_decompose.graph.sites import Site, find_sites, site_weight
+from onnx_decompose.model.constants import Constants
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.runtime.sessions import Provider, open_session
 from tools.stories15m import initial_weights, read_checkpoint
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.selection import SharedLines
-    from onnx_decompose.model_io import Model
+    from onnx_decompose.model.model_io import Model
 
     FloatArray = NDArray[np.floating[Any]]
 

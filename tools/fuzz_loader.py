@@ -29,14 +29,14 @@ with atheris.instrument_imports(  # pyright: ignore[reportAttributeAccessIssue]
     include=["onnx_decompose"]
 ):
     from onnx_decompose.analysis.criteria import make_criterion
+    from onnx_decompose.decomposition.gather import gather_all
     from onnx_decompose.errors import InputError
-    from onnx_decompose.gather import gather_all
-    from onnx_decompose.metadata import read_decomposition
-    from onnx_decompose.model_io import load_model
+    from onnx_decompose.graph.study import study_model
+    from onnx_decompose.model.metadata import read_decomposition
+    from onnx_decompose.model.model_io import load_model
+    from onnx_decompose.model.validity import blaming
     from onnx_decompose.options import Options
     from onnx_decompose.schedule import attempt_with
-    from onnx_decompose.study import study_model
-    from onnx_decompose.validity import blaming
 
 import numpy as np
 import onnx

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from onnx_decompose.model_io import external_files, load_model
+from onnx_decompose.model.model_io import external_files, load_model
 from tests.e2e.forked import Run
 from tests.e2e.planted import Recipe, plant, save
 

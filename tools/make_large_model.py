@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_decompose.external_data import DataWriter
+from onnx_decompose.model.external_data import DataWriter
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

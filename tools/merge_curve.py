@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from models.language_metrics import compare
-from onnx_decompose.calibrated import CalibrationContext, Parts, annealed_by, refitted
-from onnx_decompose.cases import open_model
-from onnx_decompose.merge_proposals import merged_outputs
-from onnx_decompose.model_io import Model, load_model, save_model
-from onnx_decompose.samples import load_inputs
-from onnx_decompose.sessions import Provider
-from onnx_decompose.study import study_model
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.calibrated.merge_proposals import merged_outputs
+from onnx_decompose.calibrated.refitting import CalibrationContext, Parts, annealed_by, refitted
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import Model, load_model, save_model
+from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.runtime.cases import open_model
+from onnx_decompose.runtime.samples import load_inputs
+from onnx_decompose.runtime.sessions import Provider
 
 _TEXTS_AT_A_TIME = 4
 

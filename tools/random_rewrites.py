@@ -34,8 +34,8 @@ from typing import IO, TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from onnx_decompose.options import Options
-from onnx_decompose.report import write_json
-from onnx_decompose.state_graph import Emit
+from onnx_decompose.planning.state_graph import Emit
+from onnx_decompose.reporting.report import write_json
 from tests.e2e.random_models import NOISE, Recipe, random_model
 from tests.e2e.whole_rewrite import EXACT, Outcome, check_rewrite, rewrite_once
 

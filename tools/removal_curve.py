@@ -26,30 +26,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_decompose.analysis.removal import removal_order
-from onnx_decompose.calibrated import (
+from onnx_decompose.calibrated.refitting import (
     CalibrationContext,
     Parts,
     Proposal,
     annealed_by,
     refitted,
 )
-from onnx_decompose.cases import open_model
-from onnx_decompose.model_io import load_model
-from onnx_decompose.refits import Refit
-from onnx_decompose.removal_proposals import hidden_axes, readers_of, without_units
-from onnx_decompose.samples import load_inputs
-from onnx_decompose.sessions import Provider
-from onnx_decompose.study import study_model
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.calibrated.removal_proposals import hidden_axes, readers_of, without_units
+from onnx_decompose.decomposition.refits import Refit
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.runtime.cases import open_model
+from onnx_decompose.runtime.samples import load_inputs
+from onnx_decompose.runtime.sessions import Provider
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.model_io import Model
-    from onnx_decompose.removal_proposals import HiddenAxis
-    from onnx_decompose.samples import Samples
+    from onnx_decompose.calibrated.removal_proposals import HiddenAxis
+    from onnx_decompose.model.model_io import Model
+    from onnx_decompose.runtime.samples import Samples
 
     Gone = Mapping[HiddenAxis, NDArray[np.intp]]
 

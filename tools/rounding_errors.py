@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
-from onnx_decompose.cases import open_model, runnable
-from onnx_decompose.claims import Inputs, Tolerance
-from onnx_decompose.metadata import read_decomposition
-from onnx_decompose.model_io import Model, load_model
-from onnx_decompose.proof import annealed_model, prove_structure
-from onnx_decompose.reference import Reference, open_reference
-from onnx_decompose.rounding import ERROR_FACTOR, FLOOR, Compared, compare
-from onnx_decompose.sessions import Provider
+from onnx_decompose.model.metadata import read_decomposition
+from onnx_decompose.model.model_io import Model, load_model
+from onnx_decompose.runtime.cases import open_model, runnable
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.claims import Inputs, Tolerance
+from onnx_decompose.verification.proof import annealed_model, prove_structure
+from onnx_decompose.verification.reference import Reference, open_reference
+from onnx_decompose.verification.rounding import ERROR_FACTOR, FLOOR, Compared, compare
 from tests.e2e.random_models import Recipe, random_model
 from tests.e2e.whole_rewrite import rewrite_once
 from tools import bench_recurrent, planted_models
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.state_graph import Emit
 
 FACTORS = (1, 2, 4)
 EMITS: tuple[Emit, ...] = ("auto", "split", "grouped", "triangular", "shared", "shrink")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from onnx_decompose.metadata import read_decomposition
-from onnx_decompose.model_io import external_bytes, load_model
+from onnx_decompose.model.metadata import read_decomposition
+from onnx_decompose.model.model_io import external_bytes, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from onnx_decompose.model_io import Model
+    from onnx_decompose.model.model_io import Model
 
 __all__ = ["untouched_faults"]
 

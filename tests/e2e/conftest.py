@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import onnx_decompose
-from onnx_decompose.bench import BenchSettings
 from onnx_decompose.cli import main
+from onnx_decompose.timing.bench import BenchSettings
 from tests.e2e.planted import Planted, Recipe, plant, save
 
 if TYPE_CHECKING:
@@ -103,4 +103,4 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         importlib.import_module("onnx_decompose.bench"), "BenchSettings", lambda: quick
     )
-    patch.setattr("onnx_decompose.summarize._SHUFFLED_ENTRIES", 0)
+    patch.setattr("onnx_decompose.reporting.summarize._SHUFFLED_ENTRIES", 0)

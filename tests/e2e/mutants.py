@@ -10,16 +10,16 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_decompose.cases import made_up_cases
-from onnx_decompose.equivalence import measure_structural
 from onnx_decompose.errors import DecomposeError
-from onnx_decompose.metadata import parse_units, read_decomposition
-from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.model.metadata import parse_units, read_decomposition
+from onnx_decompose.model.model_io import Model, load_model
 from onnx_decompose.options import Options
-from onnx_decompose.proof import annealed_model, prove_structure
-from onnx_decompose.reference import Reference, open_reference
-from onnx_decompose.sessions import Provider
-from onnx_decompose.verify import Inputs
+from onnx_decompose.runtime.cases import made_up_cases
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.equivalence import measure_structural
+from onnx_decompose.verification.proof import annealed_model, prove_structure
+from onnx_decompose.verification.reference import Reference, open_reference
+from onnx_decompose.verification.verify import Inputs
 from tests.e2e.planted import Recipe as Planted
 from tests.e2e.planted import plant
 from tests.e2e.quantized_models import Coding, dynamic, qdq, quantized_network
@@ -31,7 +31,7 @@ from tools.planted_models import Blocks, residual_stack
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.state_graph import Emit
 
 __all__ = ["KINDS", "MUTATIONS", "Subject", "Verdict", "judge", "mutated", "subjects"]
 

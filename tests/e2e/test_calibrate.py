@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from onnx_decompose.cost import CPU
-from onnx_decompose.cost_cache import cost_model
-from onnx_decompose.sessions import Provider
+from onnx_decompose.planning.cost import CPU
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.timing.cost_cache import cost_model
 from tests.e2e.planted import Planted, save
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from onnx_decompose.cost import CostModel
+    from onnx_decompose.planning.cost import CostModel
     from tests.e2e.conftest import Command
 
 pytestmark = pytest.mark.e2e
@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def measured(cost: CostModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every calibration comes to ``cost``."""
-    monkeypatch.setattr("onnx_decompose.calibration.calibrate", lambda *_, **__: cost)
+    monkeypatch.setattr("onnx_decompose.timing.calibration.calibrate", lambda *_, **__: cost)
 
 
 def test_it_writes_shows_and_names_the_file(
@@ -76,7 +76,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_before_anything_is_measured(
     def never(*_: object, **__: object) -> CostModel:
         raise AssertionError
 
-    monkeypatch.setattr("onnx_decompose.calibration.calibrate", never)
+    monkeypatch.setattr("onnx_decompose.timing.calibration.calibrate", never)
     result = command("calibrate", "--provider", "cpu")
     assert result.code == 2
     assert "cost-cpu.json: its folder is missing or cannot be written" in result.err

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_decompose.state_graph import Emit
+from onnx_decompose.planning.state_graph import Emit
 from tests.e2e.planted import (
     Recipe,
     array_of,

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from onnx_decompose.metadata import read_decomposition
+from onnx_decompose.model.metadata import read_decomposition
 from tests.e2e.rewriting import rewrite
 from tests.passes.harness import parse
 from tests.passes.test_convolutions import kernels

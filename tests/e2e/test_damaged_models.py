@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_decompose.analysis.criteria import make_criterion
+from onnx_decompose.decomposition.gather import gather_all
 from onnx_decompose.errors import InputError
-from onnx_decompose.gather import gather_all
-from onnx_decompose.model_io import load_model
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.model.validity import blaming
 from onnx_decompose.options import Options
 from onnx_decompose.schedule import attempt_with
-from onnx_decompose.study import study_model
-from onnx_decompose.validity import blaming
 from tests.e2e.damage import damage
 from tests.e2e.random_models import Recipe, random_model
 from tests.passes.harness import FREE

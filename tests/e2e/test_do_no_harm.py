@@ -11,19 +11,19 @@ import onnx.compose
 import pytest
 
 from onnx_decompose import acceptance
-from onnx_decompose.bench import BatchTiming, Timing
-from onnx_decompose.cost import CPU
-from onnx_decompose.decompose import Attempt, attempt
+from onnx_decompose.decomposition.decompose import Attempt, attempt
 from onnx_decompose.errors import AnnealingError
-from onnx_decompose.sessions import Provider
+from onnx_decompose.planning.cost import CPU
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.timing.bench import BatchTiming, Timing
 from tests.e2e.planted import Planted, Recipe, dense_ffn, found_partition, plant, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from onnx_decompose.plan import RegionPlan
-    from onnx_decompose.regions import Region
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.planning.plan import RegionPlan
     from tests.e2e.conftest import Command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]
@@ -150,7 +150,7 @@ class TestSeveralRegions:
                 log.append("model")
                 return timing(models[log.count("model") - 1])
 
-            monkeypatch.setattr("onnx_decompose.region_bench.RegionBench.time", alone)
+            monkeypatch.setattr("onnx_decompose.timing.region_bench.RegionBench.time", alone)
             monkeypatch.setattr("onnx_decompose.acceptance.bench_models", finished)
             return log
 

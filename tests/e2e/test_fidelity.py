@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_decompose.external_data import set_entry
+from onnx_decompose.model.external_data import set_entry
 from tests.e2e.planted import (
     Planted,
     Recipe,
@@ -451,7 +451,7 @@ class TestExternalData:
         folders: tuple[Path, Path],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("onnx_decompose.cases._MOST_SERIALIZED", 0)
+        monkeypatch.setattr("onnx_decompose.runtime.cases._MOST_SERIALIZED", 0)
         planted = plant(Recipe(blocks=((24, 48, 24),) * 4), np.random.default_rng(0))
         source = save(planted.model, folders[0] / "m.onnx", external=True)
         output = folders[1] / "r.onnx"

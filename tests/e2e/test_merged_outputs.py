@@ -11,15 +11,15 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from onnx_decompose.calibrated import refitted
-from onnx_decompose.calibrated_search import context_for
-from onnx_decompose.merge_proposals import merged_outputs, softmax_usage
-from onnx_decompose.model_io import load_model
+from onnx_decompose.calibrated.merge_proposals import merged_outputs, softmax_usage
+from onnx_decompose.calibrated.refitting import refitted
+from onnx_decompose.calibrated.search import context_for
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.options import Options
-from onnx_decompose.samples import load_inputs
-from onnx_decompose.sessions import Provider
-from onnx_decompose.study import study_model
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.runtime.samples import load_inputs
+from onnx_decompose.runtime.sessions import Provider
 from tests.e2e.planted import run, save
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.calibrated import CalibrationContext
+    from onnx_decompose.calibrated.refitting import CalibrationContext
     from tests.e2e.conftest import Command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]

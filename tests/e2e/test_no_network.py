@@ -87,7 +87,7 @@ def test_nothing_unpickles() -> None:
 def test_no_client_of_the_network_is_imported() -> None:
     """Importing everything but the exporter brings no HTTP client of ours."""
     code = (
-        "import sys, onnx_decompose.cli, onnx_decompose.pipeline, onnx_decompose.html;"
+        "import sys, onnx_decompose.cli, onnx_decompose.pipeline, onnx_decompose.reporting.html;"
         "print(*sorted({'requests', 'httpx', 'urllib3', 'aiohttp'} & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from onnx_decompose.errors import DecomposeError
-from onnx_decompose.model_io import Model, load_model
-from onnx_decompose.sessions import Provider
-from onnx_decompose.verify import Inputs, validate_models
+from onnx_decompose.model.model_io import Model, load_model
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.verify import Inputs, validate_models
 from tests.e2e.mutants import (
     KINDS,
     MUTATIONS,

@@ -11,14 +11,14 @@ import onnx
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onnx_decompose.cases import open_model
-from onnx_decompose.decompose import annealed_model
+from onnx_decompose.decomposition.decompose import annealed_model
 from onnx_decompose.errors import ModelError
-from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.model.model_io import Model, load_model
 from onnx_decompose.options import Options
-from onnx_decompose.sessions import Provider
-from onnx_decompose.state_graph import Emit
-from onnx_decompose.verify import Inputs, measure_annealing, structural_claim
+from onnx_decompose.planning.state_graph import Emit
+from onnx_decompose.runtime.cases import open_model
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.verify import Inputs, measure_annealing, structural_claim
 from tests.e2e.random_models import NOISE, Recipe, random_model
 from tests.e2e.whole_rewrite import EXACT, check_again, largest_rounding, rewrite_once
 from tests.e2e.wrapped import Wrapping, reformed, wrapped

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onnx_decompose.options import Options
-from onnx_decompose.state_graph import Emit
+from onnx_decompose.planning.state_graph import Emit
 from tests.e2e.random_models import NOISE, Recipe, quantize_some, random_model
 from tests.e2e.whole_rewrite import EXACT, check_rewrite
 

@@ -15,19 +15,24 @@ from models import metrics
 from models.data import load_task_data
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.structure import Edge, state_components
-from onnx_decompose.bench import BatchTiming, Timing
-from onnx_decompose.calibrated import CalibrationContext, annealed_by, refitted, split_samples
-from onnx_decompose.cases import open_model
-from onnx_decompose.gather import gather_all
-from onnx_decompose.model_io import load_model
+from onnx_decompose.calibrated.refitting import (
+    CalibrationContext,
+    annealed_by,
+    refitted,
+    split_samples,
+)
+from onnx_decompose.calibrated.support_proposals import supported_groups
+from onnx_decompose.decomposition.gather import gather_all
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.options import Options
 from onnx_decompose.pipeline import rewrite, validate
-from onnx_decompose.priors import read_records
-from onnx_decompose.samples import load_inputs
-from onnx_decompose.sessions import Provider
-from onnx_decompose.study import study_model
-from onnx_decompose.support_proposals import supported_groups
-from onnx_decompose.tensors import graph_inputs
+from onnx_decompose.records.priors import read_records
+from onnx_decompose.runtime.cases import open_model
+from onnx_decompose.runtime.samples import load_inputs
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.timing.bench import BatchTiming, Timing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -175,7 +180,7 @@ def test_multitask_dense_falls_apart_by_what_is_active_together(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing but its calibration inputs is known: no label, no word on which output is whose."""
-    monkeypatch.setattr("onnx_decompose.neighbours.COPIES", 8)
+    monkeypatch.setattr("onnx_decompose.calibrated.neighbours.COPIES", 8)
     model = load_model(MODELS / "multitask_dense.onnx")
     samples = load_inputs(MODELS / "multitask_dense_calibration.npz", graph_inputs(model.proto))
     context = CalibrationContext(study_model(model), split_samples(samples, 0), Provider.CPU)

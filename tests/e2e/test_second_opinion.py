@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from onnx_decompose.model_io import Model
-from onnx_decompose.second_opinion import second_opinion
-from onnx_decompose.sessions import Provider
+from onnx_decompose.model.model_io import Model
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.second_opinion import second_opinion
 from tests.e2e.planted import Recipe, plant, save
 from tests.e2e.random_models import Recipe as RandomRecipe
 from tests.e2e.random_models import random_model
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.state_graph import Emit
     from tests.e2e.conftest import Command
 
 pytestmark = pytest.mark.e2e

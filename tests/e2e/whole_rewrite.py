@@ -12,23 +12,28 @@ import onnx
 import onnx.reference
 
 from onnx_decompose.analysis.criteria import make_criterion
-from onnx_decompose.cost import CPU
-from onnx_decompose.decompose import annealed_model, attempt, rewritten_model
-from onnx_decompose.gather import gather_all
-from onnx_decompose.metadata import write_decomposition
-from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.decomposition.decompose import annealed_model, attempt, rewritten_model
+from onnx_decompose.decomposition.gather import gather_all
+from onnx_decompose.decomposition.renumbering import choose_numbering
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.metadata import write_decomposition
+from onnx_decompose.model.model_io import Model, load_model
 from onnx_decompose.options import Options
 from onnx_decompose.passes.replace_weights import ReplaceWeights
-from onnx_decompose.renumbering import choose_numbering
-from onnx_decompose.sessions import Provider
-from onnx_decompose.study import study_model
-from onnx_decompose.verify import Inputs, measure_annealing, structural_claim, validate_models
+from onnx_decompose.planning.cost import CPU
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.verify import (
+    Inputs,
+    measure_annealing,
+    structural_claim,
+    validate_models,
+)
 from tests.passes.harness import FREE, check_rest, feeds_for, run
 from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:
-    from onnx_decompose.decompose import Attempt
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.decomposition.decompose import Attempt
+    from onnx_decompose.planning.state_graph import Emit
 
 EXACT = Options(null="zero", provider="cpu", seeds=1)
 ROUNDING = {"float32": 1e-3, "float64": 1e-9}

@@ -14,30 +14,30 @@ import onnxruntime
 from onnx import numpy_helper
 
 from onnx_decompose.analysis.anneal import anneal
-from onnx_decompose.closing import restore
-from onnx_decompose.constants import Constants
-from onnx_decompose.copies import find_copies
-from onnx_decompose.cost import CPU, CostModel
-from onnx_decompose.model_io import Model, load_model, read_tensor
+from onnx_decompose.decomposition.renumbering import choose_numbering
+from onnx_decompose.graph.closing import restore
+from onnx_decompose.graph.sites import stored_nothing
+from onnx_decompose.graph.study import state_graph, study_model
+from onnx_decompose.model.constants import Constants
+from onnx_decompose.model.model_io import Model, load_model, read_tensor
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
-from onnx_decompose.plan import plan_region, plan_shared
-from onnx_decompose.renumbering import choose_numbering
-from onnx_decompose.sites import stored_nothing
-from onnx_decompose.study import state_graph, study_model
+from onnx_decompose.planning.copies import find_copies
+from onnx_decompose.planning.cost import CPU, CostModel
+from onnx_decompose.planning.plan import plan_region, plan_shared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.metadata import Block, Reordered
-    from onnx_decompose.plan import RegionPlan
-    from onnx_decompose.regions import Region
-    from onnx_decompose.sites import Site
-    from onnx_decompose.stacks import StackLayout
-    from onnx_decompose.state_graph import Emit
-    from onnx_decompose.study import Study
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.graph.study import Study
+    from onnx_decompose.model.metadata import Block, Reordered
+    from onnx_decompose.planning.plan import RegionPlan
+    from onnx_decompose.planning.stacks import StackLayout
+    from onnx_decompose.planning.state_graph import Emit
 
     Array = NDArray[Any]
 

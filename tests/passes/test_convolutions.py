@@ -17,7 +17,7 @@ from tests.passes.harness import blocks, check_parity, parse, rewrite
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.state_graph import Emit
 
     Labels = NDArray[np.intp]
 

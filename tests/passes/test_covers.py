@@ -16,7 +16,7 @@ from tests.passes.harness import FREE, check_parity, parse, rewrite
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.state_graph import Emit
 
     BoolArray = NDArray[np.bool_]
 

@@ -15,7 +15,7 @@ from tests.passes.harness import blocks, check_parity, parse, rewrite
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.state_graph import Emit
 
 FFN = """g (float[B, 8] x) => (float[B, 6] y) {
     h = MatMul(x, w1) a = Add(h, b1) r = Relu(a) o = MatMul(r, w2) y = Add(o, b2)

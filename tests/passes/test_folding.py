@@ -13,15 +13,20 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_decompose.analysis.criteria import Selection, make_criterion
-from onnx_decompose.decompose import Attempt, annealed_model, attempt, rewritten_model
-from onnx_decompose.gather import gather_all
-from onnx_decompose.metadata import read_decomposition, write_decomposition
-from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.decomposition.decompose import (
+    Attempt,
+    annealed_model,
+    attempt,
+    rewritten_model,
+)
+from onnx_decompose.decomposition.gather import gather_all
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.metadata import read_decomposition, write_decomposition
+from onnx_decompose.model.model_io import Model, load_model
 from onnx_decompose.options import Options
-from onnx_decompose.proof import prove_structure
-from onnx_decompose.sessions import Provider
-from onnx_decompose.study import study_model
-from onnx_decompose.verify import Inputs, StructuralClaim, structural_claim
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.proof import prove_structure
+from onnx_decompose.verification.verify import Inputs, StructuralClaim, structural_claim
 from tests.passes.harness import FREE, Rewritten, blocks, check_parity, check_rest, parse
 
 if TYPE_CHECKING:
@@ -29,8 +34,8 @@ if TYPE_CHECKING:
 
     from onnx_decompose.analysis.criteria import Criterion
     from onnx_decompose.analysis.evidence import Evidence
-    from onnx_decompose.metadata import Decomposition
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.model.metadata import Decomposition
+    from onnx_decompose.planning.state_graph import Emit
 
     Array = NDArray[Any]
 

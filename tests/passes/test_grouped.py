@@ -16,7 +16,7 @@ from tests.passes.harness import Rewritten, blocks, check_parity, parse, rewrite
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnx_decompose.stacks import StackLayout
+    from onnx_decompose.planning.stacks import StackLayout
 
 BOTH = pytest.mark.parametrize("layout", ["columns", "rows"])
 

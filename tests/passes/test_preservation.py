@@ -13,11 +13,11 @@ from onnx import numpy_helper
 from onnx.external_data_helper import set_external_data, uses_external_data
 
 from onnx_decompose.errors import PassError
-from onnx_decompose.model_io import Model, load_model
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import Model, load_model
 from onnx_decompose.passes.base import GraphPass, PassResult, check_model
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.splice import ORIGIN_KEY
-from onnx_decompose.study import study_model
 from tests.passes.harness import blocks, check_parity, parse, passes_for, rewrite
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from onnx_decompose import unit_layouts
+from onnx_decompose.graph import unit_layouts
 from tests.passes.harness import blocks, check_parity, rewrite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.state_graph import Emit
 
     Labels = NDArray[np.intp]
 

@@ -11,21 +11,21 @@ import onnx
 import pytest
 
 from onnx_decompose.analysis.recurrence import GATES, CellType, unit_graph
-from onnx_decompose.constants import Constants
-from onnx_decompose.cost import CPU
 from onnx_decompose.errors import PassError
-from onnx_decompose.model_io import Model, load_model, read_tensor
+from onnx_decompose.graph.recurrent import find_recurrent
+from onnx_decompose.model.constants import Constants
+from onnx_decompose.model.model_io import Model, load_model, read_tensor
 from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights, RewriteRecurrent
 from onnx_decompose.passes.splice import ORIGIN_KEY
-from onnx_decompose.plan_recurrent import RecurrentGraph, plan_recurrent
-from onnx_decompose.recurrent import find_recurrent
+from onnx_decompose.planning.cost import CPU
+from onnx_decompose.planning.plan_recurrent import RecurrentGraph, plan_recurrent
 from tests.passes.harness import FREE, check_rest, run
 from tests.passes.recurrent_models import Planted, Recipe, feeds, network, plant
 
 if TYPE_CHECKING:
-    from onnx_decompose.cost import CostModel
-    from onnx_decompose.plan_recurrent import RecurrentPlan
-    from onnx_decompose.state_graph import Emit
+    from onnx_decompose.planning.cost import CostModel
+    from onnx_decompose.planning.plan_recurrent import RecurrentPlan
+    from onnx_decompose.planning.state_graph import Emit
 
 CELLS: tuple[CellType, ...] = ("RNN", "GRU", "LSTM")
 DIRECTIONS = ("forward", "reverse", "bidirectional")

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from onnx_decompose.model_io import Model, read_tensor
+from onnx_decompose.model.model_io import Model, read_tensor
 from tests.passes.harness import Rewritten, blocks, check_parity, parse, rewrite
 
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from onnx_decompose.metadata import Block
+    from onnx_decompose.model.metadata import Block
 
 MIXED = [0, 1, 0, 1, 1, 0, 1, 0]
 SWAPPED = [1, 0, 1, 0, 0, 1, 0, 1]

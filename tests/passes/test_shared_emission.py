@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_decompose.model_io import Model, read_tensor
+from onnx_decompose.model.model_io import Model, read_tensor
 from tests.passes import harness
 from tests.passes.harness import FREE, check_parity, parse, run
 

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_decompose.model_io import load_model
-from onnx_decompose.study import study_model
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import load_model
 from tests.passes.harness import blocks, check_parity, parse, rewrite
 
 if TYPE_CHECKING:

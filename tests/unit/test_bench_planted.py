@@ -14,11 +14,11 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from onnx_decompose.bench import BatchTiming, Timing
 from onnx_decompose.errors import ModelError
-from onnx_decompose.model_io import load_model
-from onnx_decompose.sessions import Provider, open_session
-from onnx_decompose.study import study_model
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.runtime.sessions import Provider, open_session
+from onnx_decompose.timing.bench import BatchTiming, Timing
 from tools import bench_planted
 from tools.bench_planted import (
     Result,
@@ -222,7 +222,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     monkeypatch.setattr(
         "onnx_decompose.acceptance.bench_models", lambda *_, **__: timing(2.0, 2.0)
     )
-    monkeypatch.setattr("onnx_decompose.summarize._SHUFFLED_ENTRIES", 0)
+    monkeypatch.setattr("onnx_decompose.reporting.summarize._SHUFFLED_ENTRIES", 0)
     monkeypatch.setattr(bench_planted, "PEERS", {"copier": lambda model: model, "none": absent})
     return log
 

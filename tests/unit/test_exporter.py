@@ -20,9 +20,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx_decompose import exporter
 from onnx_decompose.errors import ModelError, OptionError, OutputError
 from onnx_decompose.exporter import InitRecorder, export, export_factory
-from onnx_decompose.init_recorder import parameter_array
-from onnx_decompose.priors import read_records
-from onnx_decompose.record_matching import match_records
+from onnx_decompose.records.init_recorder import parameter_array
+from onnx_decompose.records.priors import read_records
+from onnx_decompose.records.record_matching import match_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,7 +202,7 @@ def test_export_is_quiet() -> None:
 
 def test_torch_is_imported_for_export_only() -> None:
     code = (
-        "import sys, onnx_decompose.exporter, onnx_decompose.priors\n"
+        "import sys, onnx_decompose.exporter, onnx_decompose.records.priors\n"
         "assert 'torch' not in sys.modules\n"
         "sys.modules['torch'] = None\n"
         "try: onnx_decompose.exporter.export(None, ())\n"

@@ -23,10 +23,10 @@ from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.evidence import gather_evidence
 from onnx_decompose.analysis.null import parse_null
 from onnx_decompose.analysis.record import Prior
-from onnx_decompose.constants import Constants
-from onnx_decompose.model_io import load_model
-from onnx_decompose.priors import read_records
-from onnx_decompose.sites import find_sites, site_weight
+from onnx_decompose.graph.sites import find_sites, site_weight
+from onnx_decompose.model.constants import Constants
+from onnx_decompose.model.model_io import load_model
+from onnx_decompose.records.priors import read_records
 from tools.evidence_truth.runs import Run, load_runs
 from tools.evidence_truth.score import prior_of
 from tools.evidence_truth.tasks import Task, load_task

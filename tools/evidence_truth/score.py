@@ -20,7 +20,7 @@ import numpy as np
 from onnx_decompose.analysis.criteria import criterion_names, make_criterion
 from onnx_decompose.analysis.evidence import gather_evidence
 from onnx_decompose.analysis.record import Prior
-from onnx_decompose.init_recorder import record_initialization
+from onnx_decompose.records.init_recorder import record_initialization
 from tools.evidence_truth.runs import Layer, Run, load_runs
 
 if TYPE_CHECKING:

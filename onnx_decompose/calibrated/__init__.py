@@ -1,0 +1,11 @@
+"""Calibrated annealing: what data supports, and what is left of a weight refitted.
+
+search              of all proposals the fastest inside the budget
+refitting           samples in three parts, proposals, the refit through the model
+decay_proposals     units whose weights contribute little, in cascade
+support_proposals   groups of inputs that are active together
+removal_proposals   hidden units that the rest can stand in for
+merge_proposals     outputs that data hardly tells apart, one column for a group
+neighbours          inputs made up around a few given ones, to fit on
+site_statistics     what sites read while a model runs
+"""

@@ -1,0 +1,103 @@
+"""Proposals from hidden units that the rest can stand in for: those go, the sites that read them are refitted.
+
+One level for all sets of hidden units: the share of the variance that their readers may lose, as the covariance
+predicts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_decompose.analysis.removal import Reader, Removal, removal_order
+from onnx_decompose.calibrated.refitting import Proposal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.graph.sites import Site
+
+__all__ = ["HiddenAxis", "hidden_axes", "readers_of", "removed_units", "without_units"]
+
+LEVELS = tuple(10.0 ** (k / 4) for k in range(-16, 0))
+"""Shares of the variance."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class HiddenAxis:
+    """Units that only a region's own sites make and read.
+
+    Attributes:
+        name: of the first site that reads them.
+        size: how many there are.
+        makers: the sites whose outputs they are.
+        readers: the sites whose inputs they are.
+    """
+
+    name: str
+    size: int
+    makers: tuple[Site, ...]
+    readers: tuple[Site, ...]
+
+
+def removed_units(context: CalibrationContext) -> Iterator[Proposal]:
+    """One proposal per level that lets more units go."""
+    axes = [axis for region in context.study.regions for axis in hidden_axes(context, region)]
+    orders: list[tuple[HiddenAxis, Removal]] = [
+        (axis, removal_order(readers_of(context, axis))) for axis in axes
+    ]
+    before = 0
+    for level in LEVELS:
+        gone = {axis: order.within(level) for axis, order in orders}
+        count = sum(units.size for units in gone.values())
+        if count == before:
+            continue
+        before = count
+        yield Proposal(
+            f"remove({count} of {sum(axis.size for axis in axes)} hidden units)",
+            without_units(gone),
+            family="remove",
+        )
+
+
+def hidden_axes(context: CalibrationContext, region: Region) -> Iterator[HiddenAxis]:
+    """The axes of ``region`` whose units nothing outside makes or reads, if its sites can be refitted."""
+    refittable = {site.name for site in context.sites}
+    if not {site.name for site in region.sites} <= refittable:
+        return
+    for axis in range(len(region.axis_sizes)):
+        if axis in region.entry_axes or axis in region.exit_axes:
+            continue
+        makers = tuple(site for site in region.sites if region.axis_of[site.output] == axis)
+        readers = tuple(site for site in region.sites if region.axis_of[site.input] == axis)
+        if makers and readers and not set(makers).intersection(readers):
+            yield HiddenAxis(readers[0].name, region.axis_sizes[axis], makers, readers)
+
+
+def readers_of(context: CalibrationContext, axis: HiddenAxis) -> list[Reader]:
+    """What the sites that read ``axis`` see of it, on the part to fit on."""
+    return [
+        Reader(context.fit[site.input].xx, context.study.weight(site).astype(np.float64))
+        for site in axis.readers
+    ]
+
+
+def without_units(
+    gone: Mapping[HiddenAxis, NDArray[np.intp]],
+) -> dict[str, NDArray[np.bool_]]:
+    """Masks of all sites that make or read the axes, without the units that go."""
+    masks: dict[str, NDArray[np.bool_]] = {}
+    for axis, units in gone.items():
+        for site in axis.makers:
+            mask = masks.setdefault(site.name, np.ones(site.shape, dtype=bool))
+            mask[:, units] = False
+        for site in axis.readers:
+            mask = masks.setdefault(site.name, np.ones(site.shape, dtype=bool))
+            mask[units] = False
+    return masks

@@ -1,0 +1,162 @@
+"""What sites read, while a model runs: the model itself in onnxruntime, with the values between its nodes as outputs.
+
+Batch by batch, and only as far into the graph as the values asked for. Values are handed on: what is kept is for the
+caller to add up (``analysis.gram``), or held up to a number of bytes (``Held``), so that a model that is looked at
+again runs from there on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from onnx_decompose.analysis.gram import MomentAccumulator, Moments
+from onnx_decompose.graph.regions import reads
+from onnx_decompose.model.model_io import Model
+from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME, open_model
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.runtime.samples import Samples
+    from onnx_decompose.runtime.sessions import Provider
+
+__all__ = ["Held", "input_moments", "observe"]
+
+HELD_BYTES = 1 << 29
+"""Of a model's values on one set of samples; what goes beyond it is computed again."""
+
+
+class Held:
+    """Values of one model on one set of samples that do not change any more, batch by batch.
+
+    Args:
+        most: bytes in all.
+    """
+
+    def __init__(self, most: int = HELD_BYTES) -> None:
+        self._left = most
+        self._batches: dict[str, list[NDArray[Any]]] = {}
+
+    @property
+    def room(self) -> int:
+        """Bytes that are left."""
+        return self._left
+
+    @property
+    def names(self) -> Collection[str]:
+        """The values that are held."""
+        return self._batches.keys()
+
+    def batch(self, name: str, number: int) -> NDArray[Any]:
+        """One value on one batch."""
+        return self._batches[name][number]
+
+    def hold(self, values: Mapping[str, list[NDArray[Any]]]) -> None:
+        """Hold whole values, on all batches, as far as there is room."""
+        for name, batches in values.items():
+            size = sum(array.nbytes for array in batches)
+            if size <= self._left and name not in self._batches:
+                self._left -= size
+                self._batches[name] = batches
+
+
+def observe(
+    model: Model,
+    values: Sequence[str],
+    samples: Samples,
+    provider: Provider,
+    held: Held | None = None,
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """The named values of ``model`` on every batch of ``samples``.
+
+    Args:
+        model: the model.
+        values: names of values of its main graph, inputs included.
+        samples: what it is run on.
+        provider: where it runs.
+        held: values of this model on these samples: it starts from them, and the ones asked for join them.
+    """
+    held = Held(0) if held is None else held
+    inputs = {value.name for value in model.proto.graph.input}
+    known = set(held.names) - inputs
+    made = [name for name in values if name not in inputs | known]
+    types = {name: held.batch(name, 0) for name in known}
+    session = open_model(_exposed(model, made, types), provider) if made else None
+    new: dict[str, list[NDArray[Any]]] = {name: [] for name in made}
+    room = held.room
+    for number, (feeds, _) in enumerate(samples.batches(SAMPLES_AT_A_TIME)):
+        found = {name: feeds[name] for name in values if name in inputs}
+        found |= {name: held.batch(name, number) for name in values if name in known}
+        if session is not None:
+            given = {
+                spec.name: held.batch(spec.name, number)
+                if spec.name in known
+                else feeds[spec.name]
+                for spec in session.inputs
+            }
+            run = session.run(given)
+            room -= sum(array.nbytes for array in run.values())
+            if room >= 0:
+                for name, array in run.items():
+                    new[name].append(array)
+            else:
+                new.clear()
+            found |= run
+        yield found
+    held.hold(new)
+
+
+def input_moments(
+    model: Model, values: Sequence[str], samples: Samples, provider: Provider
+) -> dict[str, Moments]:
+    """Moments of each value with itself, by name."""
+    adding = {name: MomentAccumulator() for name in values}
+    for found in observe(model, values, samples, provider):
+        for name, accumulator in adding.items():
+            accumulator.update(found[name])
+    return {name: accumulator.result() for name, accumulator in adding.items()}
+
+
+def _exposed(model: Model, values: Sequence[str], known: Mapping[str, NDArray[Any]]) -> Model:
+    """The part of ``model`` that makes ``values`` of its inputs and what is ``known``, with them as its outputs."""
+    graph = model.proto.graph
+    wanted = set(values)
+    nodes: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if wanted.difference(known).intersection(node.output):
+            nodes.append(node)
+            wanted.update(reads(node))
+    proto = onnx.ModelProto()
+    proto.CopyFrom(_without_graph(model.proto))
+    part = proto.graph
+    part.name = graph.name
+    part.node.extend(reversed(nodes))
+    part.initializer.extend(tensor for tensor in graph.initializer if tensor.name in wanted)
+    part.sparse_initializer.extend(
+        tensor for tensor in graph.sparse_initializer if tensor.values.name in wanted
+    )
+    part.input.extend(value for value in graph.input if value.name in wanted)
+    part.input.extend(
+        onnx.helper.make_tensor_value_info(
+            name,
+            onnx.helper.np_dtype_to_tensor_dtype(np.dtype(array.dtype)),
+            [None] * array.ndim,
+        )
+        for name, array in known.items()
+        if name in wanted
+    )
+    part.output.extend(onnx.ValueInfoProto(name=name) for name in values)
+    return Model(proto, model.path)
+
+
+def _without_graph(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Everything but the graph: versions, operator sets, functions."""
+    rest = onnx.ModelProto(ir_version=proto.ir_version)
+    rest.opset_import.extend(proto.opset_import)
+    rest.functions.extend(proto.functions)
+    return rest

@@ -1,0 +1,10 @@
+"""What the graph alone says: sites, the regions that they form, and which values share their units' numbers.
+
+study            all of it together
+flat, closing    graphs inside graphs as one, and back
+lowering         products in other forms (einsum, quantized, recurrent, rearranged) as sites
+sites            nodes with a constant weight; refusals: the others, with a reason
+regions          sites joined by elementwise operators; biases: where their constants are
+per_unit         operators that keep units apart; unit_spaces, unit_layouts: what follows from them
+disjoint_sets    union-find
+"""

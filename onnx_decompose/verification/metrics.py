@@ -1,0 +1,238 @@
+"""How far two sets of outputs are apart, and the user's own measure of a model's quality."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_decompose.errors import ClaimError, DataError, OptionError
+from onnx_decompose.model.tensors import is_float
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.runtime.feeds import Feeds
+
+__all__ = ["TOP1", "Deviation", "DeviationAccumulator", "Metric", "load_metric"]
+
+
+TOP1 = "top1"
+"""The metric that needs no function: agreement with the original on the largest entry of each row."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Deviation:
+    """How one output deviates from its reference, over everything compared.
+
+    Elements of outputs that are not floats (integers, booleans, strings) are only equal or not:
+    ``relative_l2`` and ``mean_abs`` are then the share of unequal elements.
+
+    Attributes:
+        elements: number of elements compared.
+        max_abs: largest absolute difference; infinite where one side alone is NaN or infinite.
+        mean_abs: mean absolute difference.
+        relative_l2: norm of the difference over the norm of the reference.
+        cosine: cosine of the angle between the two, each taken as one long vector.
+        sqnr_db: signal-to-quantization-noise ratio, -20 log10(relative_l2); infinite if equal.
+        top1_agreement: share of rows (all axes but the last) whose largest entry is at the same
+            place; None where the output has no rows of two or more floats.
+        mismatch_share: share of elements that are not exactly equal.
+        non_finite: elements that are NaN or infinite on one side and not the same on the other.
+    """
+
+    elements: int
+    max_abs: float
+    mean_abs: float
+    relative_l2: float
+    cosine: float
+    sqnr_db: float
+    top1_agreement: float | None
+    mismatch_share: float
+    non_finite: int
+
+
+class DeviationAccumulator:
+    """Compares an output with its reference batch by batch, with float64 sums.
+
+    Positions where both are the same non-finite value agree and add nothing; a position where
+    only one is, or where they differ, makes the error infinite.
+    """
+
+    def __init__(self) -> None:
+        self._elements = 0
+        self._unequal = 0
+        self._non_finite = 0
+        self._max_abs = 0.0
+        self._sum_abs = 0.0
+        # Squared norms of the reference, the other and the difference, and the inner product.
+        self._reference2 = self._other2 = self._difference2 = self._inner = 0.0
+        self._rows = 0
+        self._same_top = 0
+        self._discrete = False
+
+    def update(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
+        """Add one batch.
+
+        Raises:
+            ClaimError: the two differ in shape or dtype.
+        """
+        if reference.shape != other.shape or reference.dtype != other.dtype:
+            raise ClaimError(
+                f"an output is {other.dtype}{list(other.shape)} where the reference is "
+                f"{reference.dtype}{list(reference.shape)}; compare two versions of one model"
+            )
+        self._elements += reference.size
+        if not is_float(reference.dtype):
+            self._discrete = True
+            self._unequal += int(np.count_nonzero(reference != other))
+            return
+        if reference.size == 0:
+            return
+        reference, other = reference.astype(np.float64), other.astype(np.float64)
+        self._add_floats(reference, other)
+        if reference.ndim > 1 and reference.shape[-1] > 1:
+            same = reference.argmax(axis=-1) == other.argmax(axis=-1)
+            self._rows += same.size
+            self._same_top += int(np.count_nonzero(same))
+
+    def result(self) -> Deviation:
+        """The deviation over everything so far; all zero before the first batch."""
+        total = max(self._elements, 1)
+        mismatch = self._unequal / total
+        relative, cosine = mismatch, 1.0 - mismatch
+        max_abs, mean_abs = float(self._unequal > 0), mismatch
+        if not self._discrete:
+            max_abs, mean_abs = self._max_abs, self._sum_abs / total
+            relative = _ratio(math.sqrt(self._difference2), math.sqrt(self._reference2))
+            cosine = self._cosine()
+        if self._non_finite:
+            max_abs = mean_abs = relative = math.inf
+        return Deviation(
+            elements=self._elements,
+            max_abs=max_abs,
+            mean_abs=mean_abs,
+            relative_l2=relative,
+            cosine=cosine,
+            sqnr_db=-20.0 * math.log10(relative) if relative else math.inf,
+            top1_agreement=self._same_top / self._rows if self._rows else None,
+            mismatch_share=mismatch,
+            non_finite=self._non_finite,
+        )
+
+    def _add_floats(self, reference: NDArray[np.float64], other: NDArray[np.float64]) -> None:
+        finite = np.isfinite(reference) & np.isfinite(other)
+        if not finite.all():
+            agree = (reference == other) | (np.isnan(reference) & np.isnan(other))
+            differ = int(np.count_nonzero(~finite & ~agree))
+            self._non_finite += differ
+            self._unequal += differ
+            reference, other = reference[finite], other[finite]
+        reference, other = reference.ravel(), other.ravel()
+        with np.errstate(over="ignore"):
+            difference = np.abs(reference - other)
+            self._unequal += int(np.count_nonzero(difference))
+            self._max_abs = max(self._max_abs, float(difference.max(initial=0.0)))
+            self._sum_abs += float(difference.sum())
+            self._difference2 += float(difference @ difference)
+            self._reference2 += float(reference @ reference)
+            self._other2 += float(other @ other)
+            self._inner += float(reference @ other)
+
+    def _cosine(self) -> float:
+        if self._non_finite:
+            return math.nan
+        if not self._reference2 or not self._other2:
+            return float(self._reference2 == self._other2)
+        return self._inner / math.sqrt(self._reference2) / math.sqrt(self._other2)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Metric:
+    """The user's ``metric(inputs, outputs)``: a number, higher is better, or several of them by name.
+
+    Attributes:
+        name: ``module:function``, for messages.
+        function: takes the model inputs and extras by name, and the outputs by name.
+    """
+
+    name: str
+    function: Callable[[Feeds, Feeds], Any]
+
+    def __call__(self, inputs: Feeds, outputs: Feeds) -> float:
+        """The metric's value; the mean of several.
+
+        Raises:
+            DataError: the function fails, or gives no finite number.
+        """
+        return float(np.mean(list(self.values(inputs, outputs).values())))
+
+    def values(self, inputs: Feeds, outputs: Feeds) -> dict[str, float]:
+        """The metric's values by name; a single one has none.
+
+        Raises:
+            DataError: the function fails, or gives no finite number.
+        """
+        try:
+            value = self.function(inputs, outputs)
+        except Exception as error:  # whatever the user's code raises
+            told = next(iter(str(error).splitlines()), "")
+            raise DataError(
+                f"metric {self.name}: failed with {type(error).__name__}: {told}; it was given "
+                f"inputs {sorted(inputs)} and outputs {sorted(outputs)}"
+            ) from error
+        found = value if isinstance(value, Mapping) and value else {"": value}
+        return {str(name): self._number(one) for name, one in found.items()}
+
+    def _number(self, value: Any) -> float:
+        try:
+            number = math.nan if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise DataError(
+                f"metric {self.name}: gave {value!r:.60}; return one finite number, or several by name"
+            )
+        return number
+
+
+def load_metric(name: str) -> Metric:
+    """Find ``module:function``, in the current folder too.
+
+    Raises:
+        OptionError: there is no such module or function, or importing it fails.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise OptionError(f"metric {name!r}: give module:function, as in my_metrics:accuracy")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OptionError(f"metric {name}: cannot import {module_name} ({told})") from error
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise OptionError(f"metric {name}: module {module_name} has no {attribute}")
+    if not callable(found):
+        raise OptionError(
+            f"metric {name}: {attribute} is a {type(found).__name__}; name a function"
+        )
+    return Metric(name, found)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator:
+        return numerator / denominator
+    return math.inf if numerator else 0.0

@@ -1,0 +1,82 @@
+"""Values of a model while it runs: the same whether some are held or not, and within the bytes allowed."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.parser
+import pytest
+from onnx import numpy_helper
+
+from onnx_decompose.calibrated import site_statistics
+from onnx_decompose.calibrated.site_statistics import Held, observe
+from onnx_decompose.model.model_io import Model
+from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.runtime.samples import Samples, samples_from_arrays
+from onnx_decompose.runtime.sessions import Provider
+
+TEXT = """
+<ir_version: 8, opset_import: ["" : 17]>
+skipping (float[N, 5] x) => (float[N, 5] y)
+{
+    a = MatMul(x, w0)
+    b = Relu(a)
+    c = MatMul(b, w1)
+    y = Add(c, a)
+}
+"""
+
+
+@pytest.fixture
+def model(rng: np.random.Generator) -> Model:
+    proto = onnx.parser.parse_model(TEXT)
+    for name in ("w0", "w1"):
+        weight = rng.normal(size=(5, 5)).astype(np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(weight, name))
+    return Model(proto)
+
+
+@pytest.fixture
+def samples(model: Model, rng: np.random.Generator) -> Samples:
+    x = rng.normal(size=(700, 5)).astype(np.float32)
+    return samples_from_arrays({"x": x}, graph_inputs(model.proto))
+
+
+def seen(model: Model, name: str, samples: Samples, held: Held | None = None) -> bytes:
+    batches = [found[name] for found in observe(model, [name], samples, Provider.CPU, held)]
+    return np.concatenate(batches).tobytes()
+
+
+def test_what_is_held_is_where_the_next_run_starts(model: Model, samples: Samples) -> None:
+    held = Held()
+    first = seen(model, "b", samples, held)
+    assert set(held.names) == {"b"}
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model.proto)
+    changed.graph.node[1].op_type = "Neg"  # before what is held: not run again
+    assert seen(Model(changed), "c", samples, held) == seen(model, "c", samples)
+    assert seen(Model(changed), "b", samples, held) == first
+
+
+def test_a_value_that_skips_what_is_held_is_computed_from_the_inputs(
+    model: Model, samples: Samples
+) -> None:
+    held = Held()
+    seen(model, "b", samples, held)
+    assert seen(model, "y", samples, held) == seen(model, "y", samples)
+
+
+def test_no_more_is_held_than_there_is_room_for(model: Model, samples: Samples) -> None:
+    held = Held(700 * 5 * 4 + 100)
+    seen(model, "b", samples, held)
+    assert seen(model, "c", samples, held) == seen(model, "c", samples)
+    assert set(held.names) == {"b"}
+    assert held.room == 100
+
+
+def test_a_second_look_runs_nothing(
+    model: Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held()
+    first = seen(model, "c", samples, held)
+    monkeypatch.setattr(site_statistics, "open_model", None)
+    assert seen(model, "c", samples, held) == first
