@@ -14,14 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# The link to passes is followed by some versions of Python.
 SOURCES = {
-    f"onnx_decompose/{path.relative_to(ROOT / 'onnx_decompose').as_posix()}"
-    for path in (ROOT / "onnx_decompose").glob("*.py")
-} | {
-    f"onnx_decompose/{folder.name}/{path.name}"
-    for folder in (ROOT / "onnx_decompose" / "analysis", ROOT / "passes")
-    for path in folder.glob("*.py")
-}
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "onnx_decompose").rglob("*.py")
+    if "passes" not in path.relative_to(ROOT).parts
+} | {f"onnx_decompose/passes/{path.name}" for path in (ROOT / "passes").glob("*.py")}
 
 
 def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
