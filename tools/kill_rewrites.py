@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import importlib
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ import numpy as np
 import onnx
 
 from onnx_decompose.model.model_io import external_files, load_model
+from onnx_decompose.timing import bench
 from tests.e2e.forked import Run
 from tests.e2e.planted import Recipe, plant, save
 
@@ -64,7 +64,6 @@ def finish(source: Path, output: Path, emit: str) -> None:
 
 def shorten_timing() -> None:
     """Time a model for milliseconds: what is measured does not matter here."""
-    bench = importlib.import_module("onnx_decompose.bench")
     quick = bench.BenchSettings(
         seconds=0.005, max_seconds=0.01, precision=1.0, block_seconds=1e-5, warmup=1
     )

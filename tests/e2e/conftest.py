@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 import signal
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 import onnx_decompose
 from onnx_decompose.cli import main
+from onnx_decompose.timing import bench
 from onnx_decompose.timing.bench import BenchSettings
 from tests.e2e.planted import Planted, Recipe, plant, save
 
@@ -100,7 +100,5 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
         seconds=0.005, max_seconds=0.01, precision=1.0, block_seconds=1e-5, warmup=1
     )
     # The package's attribute of this name is the function, so the module is asked for by name.
-    patch.setattr(
-        importlib.import_module("onnx_decompose.bench"), "BenchSettings", lambda: quick
-    )
+    patch.setattr(bench, "BenchSettings", lambda: quick)
     patch.setattr("onnx_decompose.reporting.summarize._SHUFFLED_ENTRIES", 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from onnx_decompose.errors import DataError, ModelError, OptionError
 from onnx_decompose.model.tensors import TensorSpec
 from onnx_decompose.runtime.samples import samples_from_arrays
 from onnx_decompose.runtime.sessions import Provider, Session, open_session
+from onnx_decompose.timing import bench
 from onnx_decompose.timing.bench import (
     OPENINGS,
     BatchTiming,
@@ -77,7 +77,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     # The package's attribute of this name is the function, so the module is asked for by name.
-    monkeypatch.setattr(importlib.import_module("onnx_decompose.bench"), "perf_counter", clock)
+    monkeypatch.setattr(bench, "perf_counter", clock)
     return clock
 
 
