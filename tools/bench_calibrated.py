@@ -163,7 +163,7 @@ def report_ablation(path: Path) -> None:
     )
     samples = samples_from_arrays({spec.name: given}, graph_inputs(model.proto))
     context = _context(model, samples)
-    proposal = next(p for p in decayed_units(context) if p.name == LEVEL)
+    proposal = next(p for family in decayed_units(context) for p in family if p.name == LEVEL)
     kept = sum(mask.sum() for mask in proposal.masks.values())
     whole = sum(mask.size for mask in proposal.masks.values())
     print(
@@ -272,7 +272,7 @@ def own_outputs(inputs: Any, outputs: Any) -> dict[str, float]:
 
 
 def _groups(context: CalibrationContext) -> Proposal:
-    return next(p for p in supported_groups(context) if p.name == GROUPS)
+    return next(p for family in supported_groups(context) for p in family if p.name == GROUPS)
 
 
 def _random_groups(

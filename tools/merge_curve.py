@@ -75,9 +75,8 @@ def _main() -> None:
         "| different outputs | KL | top-1 agreement | loss, nats | relative L2 of the logits |"
     )
     print("|---|---|---|---|---|")
-    for proposal in merged_outputs(context):
-        if proposal.family != options.family:
-            continue
+    (family,) = (found for found in merged_outputs(context) if found.name == options.family)
+    for proposal in reversed(list(family)):
         groups = int(next(iter(proposal.equal.values())).labels.max()) + 1
         if not options.fewest <= groups <= options.most:
             continue

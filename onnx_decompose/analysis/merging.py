@@ -21,6 +21,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
 
-__all__ = ["Merging", "coordinates", "merge_levels", "ward_merges"]
+__all__ = ["Merging", "coordinates", "group_counts", "merge_levels", "ward_merges"]
 
 _BUCKET = 256
 _SHARES = tuple(2.0 ** (-k / 4) for k in range(1, 5))
@@ -71,10 +73,20 @@ def coordinates(weight: NDArray[np.floating], covariance: FloatArray) -> NDArray
     return points
 
 
+def group_counts(total: int) -> tuple[int, ...]:
+    """How many groups each level of ``total`` columns has."""
+    counts: list[int] = []
+    left = total
+    while left > max(2, math.ceil(total * _FEWEST)):
+        counts.extend(max(2, int(left * share)) for share in _SHARES)
+        left = counts[-1]
+    return tuple(counts)
+
+
 def merge_levels(
     points: NDArray[np.float32], rng: np.random.Generator, weights: FloatArray | None = None
 ) -> Iterator[Merging]:
-    """Nested groups of ``points``, (N, r), fewer from level to level.
+    """Nested groups of ``points``, (N, r), fewer from level to level: as many as :func:`group_counts` says.
 
     Args:
         points: of :func:`coordinates`.
@@ -86,16 +98,17 @@ def merge_levels(
     centres = points
     sizes: FloatArray = np.ones(total) if weights is None else weights
     cost = 0.0
-    while centres.shape[0] > max(2, math.ceil(total * _FEWEST)):
+    counts = group_counts(total)
+    for start in range(0, len(counts), len(_SHARES)):
         merges = _bucket_merges(centres, sizes, rng)
         merges = merges[np.argsort(merges[:, 2], kind="stable")]
         lost = np.cumsum(merges[:, 2])
-        count, groups = 0, np.arange(centres.shape[0])
-        for share in _SHARES:
-            count = centres.shape[0] - max(2, int(centres.shape[0] * share))
-            groups = _joined(centres.shape[0], merges[:count, :2].astype(np.intp))
-            yield Merging(groups[labels], cost + float(lost[count - 1]))
-        cost += float(lost[count - 1])
+        joins, groups = 0, np.arange(centres.shape[0])
+        for count in counts[start : start + len(_SHARES)]:
+            joins = centres.shape[0] - count
+            groups = _joined(centres.shape[0], merges[:joins, :2].astype(np.intp))
+            yield Merging(groups[labels], cost + float(lost[joins - 1]))
+        cost += float(lost[joins - 1])
         labels = groups[labels]
         weighted = np.zeros((groups.max() + 1, points.shape[1]))
         np.add.at(weighted, groups, centres * sizes[:, None])
@@ -106,15 +119,18 @@ def merge_levels(
 def ward_merges(points: NDArray[np.floating], sizes: FloatArray) -> FloatArray:
     """Ward's tree of weighted points by chains of nearest neighbours: (n - 1, 3), a member of each side, the cost.
 
-    A merge never costs less than those inside it, so that the merges up to any cost are a cut of the tree.
+    A merge never costs less than those inside it, so that the merges up to any cost are a cut of the tree. What two
+    groups cost that become one follows from what they cost before (Lance and Williams 1967):
+
+        c(ij, k) = ((n_i + n_k) c(i, k) + (n_j + n_k) c(j, k) - n_k c(i, j)) / (n_i + n_j + n_k)
 
     Args:
         points: (n, r).
         sizes: (n,) how many columns each point stands for.
     """
-    points, sizes = np.array(points, np.float64), sizes.copy()
+    sizes = sizes.copy()
     count = points.shape[0]
-    norms = np.einsum("ij,ij->i", points, points)
+    costs = _pair_costs(points, sizes)
     alive = np.ones(count, dtype=bool)
     merges = np.empty((max(count - 1, 0), 3))
     chain: list[int] = []
@@ -122,24 +138,35 @@ def ward_merges(points: NDArray[np.floating], sizes: FloatArray) -> FloatArray:
         if not chain:
             chain.append(int(np.argmax(alive)))
         while True:
-            last = chain[-1]
-            squared = np.maximum(norms - 2 * (points @ points[last]) + norms[last], 0.0)
-            costs = squared * (sizes * sizes[last] / (sizes + sizes[last]))
-            costs[~alive] = np.inf
-            costs[last] = np.inf
-            nearest = int(np.argmin(costs))
-            if len(chain) > 1 and costs[chain[-2]] <= costs[nearest]:
+            row = costs[chain[-1]]
+            nearest = int(row.argmin())
+            if len(chain) > 1 and row[chain[-2]] <= row[nearest]:
                 nearest = chain[-2]
                 break
             chain.append(nearest)
+        gone = chain[-1]
         del chain[-2:]
-        merges[number] = last, nearest, costs[nearest]
-        size = sizes[last] + sizes[nearest]
-        points[nearest] = (points[last] * sizes[last] + points[nearest] * sizes[nearest]) / size
-        norms[nearest] = points[nearest] @ points[nearest]
-        sizes[nearest] = size
-        alive[last] = False
+        cost = costs[gone, nearest]
+        merges[number] = gone, nearest, cost
+        joined = (sizes + sizes[nearest]) * costs[nearest] + (sizes + sizes[gone]) * costs[gone]
+        joined -= sizes * cost
+        joined /= sizes + (sizes[nearest] + sizes[gone])
+        joined[nearest] = np.inf
+        costs[nearest] = costs[:, nearest] = joined
+        costs[gone] = costs[:, gone] = np.inf
+        sizes[nearest] += sizes[gone]
+        alive[gone] = False
     return merges
+
+
+def _pair_costs(points: NDArray[np.floating], sizes: FloatArray) -> FloatArray:
+    """(n, n) what every two points cost that become one; infinite for one with itself."""
+    points = np.asarray(points, np.float64)
+    norms = np.einsum("ij,ij->i", points, points)
+    squared = np.maximum(norms[:, None] + norms - 2 * (points @ points.T), 0.0)
+    costs: FloatArray = squared * (sizes[:, None] * sizes / (sizes[:, None] + sizes))
+    np.fill_diagonal(costs, np.inf)
+    return costs
 
 
 def _bucket_merges(
@@ -173,16 +200,8 @@ def _buckets(
 
 def _joined(count: int, pairs: IntArray) -> IntArray:
     """(count,) labels of the components that ``pairs`` make, numbered by their first members."""
-    parent = np.arange(count)
-
-    def root(unit: int) -> int:
-        while parent[unit] != unit:
-            parent[unit] = parent[parent[unit]]
-            unit = int(parent[unit])
-        return unit
-
-    for first, second in pairs:
-        one, other = root(int(first)), root(int(second))
-        parent[max(one, other)] = min(one, other)
-    roots = np.array([root(unit) for unit in range(count)])
-    return np.unique(roots, return_inverse=True)[1]
+    edges = (np.ones(len(pairs), dtype=bool), (pairs[:, 0], pairs[:, 1]))
+    graph = sparse.coo_array(edges, shape=(count, count))
+    _, found = csgraph.connected_components(graph, directed=False)
+    _, firsts, labels = np.unique(found, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(firsts))[labels]

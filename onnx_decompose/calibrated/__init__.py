@@ -1,6 +1,8 @@
 """Calibrated annealing: what data supports, and what is left of a weight refitted.
 
 search              of all proposals the fastest inside the budget
+journal             what a search has found out, kept for when it is interrupted
+families            proposals from strict to loose, made when they are looked at
 refitting           samples in three parts, proposals, the refit through the model
 decay_proposals     units whose weights contribute little, in cascade
 support_proposals   groups of inputs that are active together

@@ -10,11 +10,13 @@ units that live all entries stay: a dense block stores them in any case.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_decompose.analysis.structure import Edge, live_units
+from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.refitting import Proposal
 
 if TYPE_CHECKING:
@@ -31,43 +33,51 @@ __all__ = ["decayed_units"]
 LEVELS = tuple(10.0 ** (k / 4) for k in range(-26, -1))
 
 
-def decayed_units(context: CalibrationContext) -> Iterator[Proposal]:
-    """One proposal per level that lets another set of units go."""
+def decayed_units(context: CalibrationContext) -> Iterator[Family]:
+    """One proposal per level."""
     names = {site.name for site in context.sites}
-    statistics = {site.name: _statistic(context, site) for site in context.sites}
-    seen: set[bytes] = set()
-    for level in LEVELS:
+    regions = [
+        region
+        for region in context.study.regions
+        if {site.name for site in region.sites} <= names
+    ]
+
+    sites = [site for region in regions for site in region.sites]
+
+    @functools.cache
+    def made() -> dict[str, NDArray[np.float64]]:
+        return {site.name: np.sqrt(context.power(site, context.fit)) for site in sites}
+
+    def at(number: int) -> Proposal | None:
+        level = LEVELS[-1 - number]
+        supported = {
+            site.name: _contribution(context, site) > level * made()[site.name]
+            for site in sites
+        }
         masks: dict[str, NDArray[np.bool_]] = {}
-        for region in context.study.regions:
-            if {site.name for site in region.sites} <= names:
-                masks |= _live_masks(region, statistics, level)
-        key = b"".join(
-            np.packbits(mask.any(axis=1)).tobytes() + np.packbits(mask.any(axis=0)).tobytes()
-            for mask in masks.values()
-        )
-        if masks and key not in seen:
-            seen.add(key)
-            yield Proposal(f"decay({level:.2g})", masks, family="decay")
+        for region in regions:
+            masks |= _live_masks(region, supported)
+        return Proposal(f"decay({level:.2g})", masks) if masks else None
+
+    if sites:
+        yield Family("decay", len(LEVELS), at, entries_of(sites))
 
 
-def _statistic(context: CalibrationContext, site: Site) -> NDArray[np.float64]:
-    """(K, N) what each entry contributes to its output's spread; infinite where the output does not vary at all."""
+def _contribution(context: CalibrationContext, site: Site) -> NDArray[np.float64]:
+    """(K, N) the spread of what each entry adds to its output."""
     sizes = np.abs(context.study.weight(site).astype(np.float64))
-    made = np.sqrt(context.power(site, context.fit))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = sizes * context.fit[site.input].spread[:, None] / made
-    return np.nan_to_num(shares, nan=0.0)
+    return np.asarray(sizes * context.fit[site.input].spread[:, None])
 
 
 def _live_masks(
-    region: Region, statistics: dict[str, NDArray[np.float64]], level: float
+    region: Region, supported: dict[str, NDArray[np.bool_]]
 ) -> dict[str, NDArray[np.bool_]]:
     """Masks of a region whose units were removed in cascade; none where all of them live."""
     edges = [
         Edge(
             region.axis_of[site.input],
             region.axis_of[site.output],
-            statistics[site.name] > level,
+            supported[site.name],
         )
         for site in region.sites
     ]

@@ -11,20 +11,28 @@ that are hardly ever probable may differ more. A family of proposals of its own 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.special
 
-from onnx_decompose.analysis.merging import Merging, coordinates, merge_levels
+from onnx_decompose.analysis.merging import (
+    Merging,
+    coordinates,
+    group_counts,
+    merge_levels,
+)
 from onnx_decompose.analysis.refit import Groups
+from onnx_decompose.calibrated.families import Family
 from onnx_decompose.calibrated.refitting import Proposal
 from onnx_decompose.calibrated.removal_proposals import hidden_axes
 from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.graph.biases import find_biases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -42,7 +50,7 @@ _LEAST_USE = 0.03
 _ROWS_AT_A_TIME = 256
 
 
-def merged_outputs(context: CalibrationContext) -> Iterator[Proposal]:
+def merged_outputs(context: CalibrationContext) -> Iterator[Family]:
     """One proposal per level at which some site has fewer different columns."""
     hidden = {
         site.name
@@ -55,10 +63,19 @@ def merged_outputs(context: CalibrationContext) -> Iterator[Proposal]:
         for site in context.sites
         if site.shape[1] >= max(_FEWEST_OUTPUTS, site.shape[0] + 1) and site.name not in hidden
     ]
-    yield from _family(context, sites, {}, "merge")
     scores = [site for site in sites if _is_output(context, site)]
-    usage = {site.name: softmax_usage(context, site) for site in scores}
-    yield from _family(context, scores, usage, "merge by use")
+    for name, merged, weigh in (("merge", sites, _alike), ("merge by use", scores, _by_use)):
+        if merged:
+            paths = functools.cache(functools.partial(_paths, context, merged, weigh))
+            yield Family(
+                name,
+                sum(len(group_counts(site.shape[1])) for site in merged),
+                functools.partial(_proposal, name, merged, paths),
+                sum(
+                    site.size - site.shape[0] * group_counts(site.shape[1])[-1]
+                    for site in merged
+                ),
+            )
 
 
 def softmax_usage(context: CalibrationContext, site: Site) -> FloatArray:
@@ -86,38 +103,70 @@ def _is_output(context: CalibrationContext, site: Site) -> bool:
     return bool(made & outputs)
 
 
-def _family(
+def _alike(context: CalibrationContext, site: Site) -> None:
+    """All outputs count the same."""
+    del context, site
+
+
+def _by_use(context: CalibrationContext, site: Site) -> FloatArray:
+    """(N,) how much each output counts: its probability, and a little more."""
+    used = softmax_usage(context, site)
+    weights: FloatArray = used + _LEAST_USE * used.sum() / used.size
+    return weights
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Path:
+    """The mergings of one site.
+
+    Attributes:
+        levels: from loose to strict, the share of the outputs' (weighted) spread that is lost, and the merging.
+        weights: (N,) how much each output counts; all the same if None.
+    """
+
+    levels: tuple[tuple[float, Merging], ...]
+    weights: FloatArray | None
+
+    def within(self, level: float) -> Merging | None:
+        """The merging that loses most, but no more than ``level``."""
+        inside = [found for found in self.levels if found[0] <= level]
+        return max(inside, key=lambda found: found[0])[1] if inside else None
+
+
+def _paths(
     context: CalibrationContext,
     sites: Sequence[Site],
-    usage: Mapping[str, FloatArray],
-    family: str,
-) -> Iterator[Proposal]:
-    weights = {name: used + _LEAST_USE * used.sum() / used.size for name, used in usage.items()}
-    paths = {site.name: tuple(_levels(context, site, weights.get(site.name))) for site in sites}
-    shapes = {site.name: site.shape for site in sites}
-    seen: set[tuple[tuple[str, int], ...]] = set()
-    for level in sorted({level for path in paths.values() for level, _ in path}):
-        merged = {
-            name: max(
-                (found for found in path if found[0] <= level), key=lambda found: found[0]
-            )[1]
-            for name, path in paths.items()
-            if path[0][0] <= level
-        }
-        key = tuple((name, merging.groups) for name, merging in merged.items())
-        if key in seen:
-            continue
-        seen.add(key)
-        told = "+".join(str(merging.groups) for merging in merged.values())
-        yield Proposal(
-            f"{family}({told} different outputs)",
-            {name: np.broadcast_to(np.True_, shapes[name]) for name in merged},
-            equal={
-                name: Groups(merging.labels, weights.get(name))
-                for name, merging in merged.items()
-            },
-            family=family,
-        )
+    weigh: Callable[[CalibrationContext, Site], FloatArray | None],
+) -> dict[str, _Path]:
+    paths = {}
+    for site in sites:
+        weights = weigh(context, site)
+        paths[site.name] = _Path(tuple(_levels(context, site, weights)), weights)
+    return paths
+
+
+def _proposal(
+    family: str, sites: Sequence[Site], paths: Callable[[], dict[str, _Path]], number: int
+) -> Proposal | None:
+    """One level for all sites."""
+    found = paths()
+    levels = sorted({level for path in found.values() for level, _ in path.levels})
+    if number >= len(levels):
+        return None
+    merged = {
+        site: merging
+        for site in sites
+        if (merging := found[site.name].within(levels[-1 - number])) is not None
+    }
+    told = "+".join(str(merging.groups) for merging in merged.values())
+    return Proposal(
+        f"{family}({told} different outputs)",
+        {site.name: np.broadcast_to(np.True_, site.shape) for site in merged},
+        equal={
+            site.name: Groups(merging.labels, found[site.name].weights)
+            for site, merging in merged.items()
+        },
+    )
 
 
 def _levels(

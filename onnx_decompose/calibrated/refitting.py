@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from onnx_decompose.model.shapes import opset_of
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -57,7 +57,6 @@ logger = logging.getLogger(__name__)
 __all__ = [
     "CalibrationContext",
     "Focus",
-    "Generator",
     "Parts",
     "Proposal",
     "annealed_by",
@@ -112,7 +111,6 @@ class Proposal:
         starts: entries to begin with in the place of the original's, (K, N) by site name.
         focus: which rows count for which outputs; None for all alike.
         equal: outputs that get one column, the mean of theirs, by site name; without a focus.
-        family: proposals of one family are nested, or nearly so: a faster one is a less exact one.
     """
 
     name: str
@@ -120,7 +118,25 @@ class Proposal:
     starts: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     focus: Focus | None = None
     equal: Mapping[str, Groups] = dataclasses.field(default_factory=dict)
-    family: str = ""
+
+    @property
+    def digest(self) -> bytes:
+        """The same for another proposal of the same family with the same masks and equal outputs."""
+        found = hashlib.sha256()
+        for name, mask in self.masks.items():
+            found.update(name.encode())
+            # A mask that only repeats a line is read as that line.
+            lines = mask[tuple(slice(None if step else 1) for step in mask.strides)]
+            found.update(np.packbits(lines).tobytes())
+        for name, groups in self.equal.items():
+            found.update(name.encode())
+            found.update(np.ascontiguousarray(groups.labels).tobytes())
+        return found.digest()
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether no entry may stay."""
+        return not any(mask.any() for mask in self.masks.values())
 
     def start(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
         """The entries of ``site`` before any refit, (K, N), given the original's."""
@@ -236,10 +252,6 @@ class CalibrationContext:
             part.count for part in (self.parts.fit, self.parts.choose, self.parts.judge)
         )
         return f"calibrated annealing needs {worst} samples, and there are {total}"
-
-
-Generator = Callable[[CalibrationContext], Iterator[Proposal]]
-"""Makes proposals from what the context holds, in any order."""
 
 
 def split_samples(samples: Samples, seed: int) -> Parts:

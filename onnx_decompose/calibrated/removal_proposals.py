@@ -7,11 +7,13 @@ predicts it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_decompose.analysis.removal import Reader, Removal, removal_order
+from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.refitting import Proposal
 
 if TYPE_CHECKING:
@@ -46,24 +48,24 @@ class HiddenAxis:
     readers: tuple[Site, ...]
 
 
-def removed_units(context: CalibrationContext) -> Iterator[Proposal]:
-    """One proposal per level that lets more units go."""
+def removed_units(context: CalibrationContext) -> Iterator[Family]:
+    """One proposal per level."""
     axes = [axis for region in context.study.regions for axis in hidden_axes(context, region)]
-    orders: list[tuple[HiddenAxis, Removal]] = [
-        (axis, removal_order(readers_of(context, axis))) for axis in axes
-    ]
-    before = 0
-    for level in LEVELS:
-        gone = {axis: order.within(level) for axis, order in orders}
+    total = sum(axis.size for axis in axes)
+
+    @functools.cache
+    def orders() -> list[tuple[HiddenAxis, Removal]]:
+        return [(axis, removal_order(readers_of(context, axis))) for axis in axes]
+
+    def at(number: int) -> Proposal | None:
+        gone = {axis: order.within(LEVELS[-1 - number]) for axis, order in orders()}
         count = sum(units.size for units in gone.values())
-        if count == before:
-            continue
-        before = count
-        yield Proposal(
-            f"remove({count} of {sum(axis.size for axis in axes)} hidden units)",
-            without_units(gone),
-            family="remove",
-        )
+        name = f"remove({count} of {total} hidden units)"
+        return Proposal(name, without_units(gone)) if count else None
+
+    if axes:
+        touched = entries_of(site for axis in axes for site in (*axis.makers, *axis.readers))
+        yield Family("remove", len(LEVELS), at, touched)
 
 
 def hidden_axes(context: CalibrationContext, region: Region) -> Iterator[HiddenAxis]:

@@ -1,13 +1,15 @@
 """The calibrated schedule: of all proposals the one that is predicted to be fastest, among those inside the budget.
 
-Within a family, a stricter proposal, one that leaves fewer weights, is both faster and less exact, so that halving
-finds the strictest one inside the budget with few plans and few refits. Errors are measured on the part of the samples
+Within a family, a stricter proposal is both faster and less exact, so that halving finds the strictest one inside the
+budget with few plans and few refits. Families come in the order of how fast they may be; one that cannot be faster than
+what was found is not made at all. Errors are measured on the part of the samples
 to choose on; what is chosen has to pass on the part that is held out for claim B, which nothing else ever sees.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import logging
 import math
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.evidence import Evidence
 from onnx_decompose.analysis.null import Zero
 from onnx_decompose.calibrated.decay_proposals import decayed_units
+from onnx_decompose.calibrated.journal import Journal
 from onnx_decompose.calibrated.merge_proposals import merged_outputs
 from onnx_decompose.calibrated.refitting import (
     CalibrationContext,
@@ -33,10 +36,10 @@ from onnx_decompose.timing.cost_cache import cost_model
 from onnx_decompose.verification.verify import AnnealingClaim, measure_annealing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from onnx_decompose.analysis.selection import Selection
-    from onnx_decompose.calibrated.refitting import Generator
+    from onnx_decompose.calibrated.families import Family, Generator
     from onnx_decompose.decomposition.decompose import Attempt
     from onnx_decompose.graph.study import Study
     from onnx_decompose.options import Options, ProposalKind
@@ -88,7 +91,7 @@ def calibrate_within_budget(
     reason = context.too_few() if context.sites else "no site can be refitted"
     if reason is not None:
         return reason
-    search = _Search(context, options, inputs, cost_model(provider, options.batch))
+    search = _Search(context, options, inputs, cost_model(provider, options.batch), Journal())
     return search.best(to_beat)
 
 
@@ -120,18 +123,58 @@ class _Named:
         return None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Look:
+    """What a proposal came to on one part of the samples.
+
+    Attributes:
+        passed: whether its error is inside the budget.
+        error: as measured.
+        cost: predicted, over dense, once it was refitted.
+        told: all of it, for the report.
+    """
+
+    passed: bool
+    error: float
+    cost: float
+    told: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class _Waiting:
+    """A family that was not searched yet.
+
+    Attributes:
+        cost: none of its proposals costs less: as its weights bound it, or as predicted for the strictest.
+        number: its place in the order of generators.
+        strictest: the first level that is worth a look; None while nothing of the family was made.
+    """
+
+    cost: float
+    number: int
+    strictest: int | None = None
+
+
 class _Search:
     """One run over all families of proposals."""
 
     def __init__(
-        self, context: CalibrationContext, options: Options, inputs: Inputs, cost: CostModel
+        self,
+        context: CalibrationContext,
+        options: Options,
+        inputs: Inputs,
+        cost: CostModel,
+        journal: Journal,
     ) -> None:
         self._context = context
         self._options = options
-        self._inputs = inputs
         self._cost = cost
+        self._journal = journal
+        study = context.study
+        self._nonzero = sum(int(np.count_nonzero(study.weight(site))) for site in study.sites)
         self._nearest: tuple[float, str] | None = None
-        self._costs: dict[Proposal, float] = {}
+        self._costs: dict[tuple[str, bytes], float] = {}
+        self._refitted: dict[tuple[str, int], Attempt] = {}
         parts = context.parts
         total = parts.fit.count + parts.choose.count + parts.judge.count
         told = (
@@ -143,59 +186,92 @@ class _Search:
         )
 
     def best(self, to_beat: float) -> Calibrated | str:
-        """The fastest proposal that passes, or why none does."""
-        families: dict[str, list[Proposal]] = {}
-        for kind in self._options.proposals or GENERATORS:
-            for proposal in GENERATORS[kind](self._context):
-                families.setdefault(proposal.family, []).append(proposal)
-        fastest: list[tuple[float, list[Proposal]]] = []
-        for family in families.values():
-            family.sort(key=self._weights_left)
-            cost = math.inf
-            while family and math.isinf(cost := self._predicted(family[0])):
-                del family[0]
-            if family:
-                fastest.append((cost, family))
-        best: Attempt | None = None
-        for cost, family in sorted(fastest, key=lambda pair: pair[0]):
-            found = self._strictest(family, to_beat) if cost < to_beat else None
+        """The fastest proposal that passes, or why none does.
+
+        The family that may have the fastest proposal of all always comes next: first nothing but a bound is known of
+        it, then what its strictest proposal is predicted to cost, and then it is searched.
+        """
+        kinds = self._options.proposals or GENERATORS
+        families = [family for kind in kinds for family in GENERATORS[kind](self._context)]
+        waiting = [
+            _Waiting(self._least(family), number) for number, family in enumerate(families)
+        ]
+        heapq.heapify(waiting)
+        best: tuple[Family, int] | None = None
+        while waiting and waiting[0].cost < to_beat:
+            first = heapq.heappop(waiting)
+            family = families[first.number]
+            if first.strictest is None:
+                strictest = self._strictest_alive(family)
+                if strictest is not None:
+                    cost = self._predicted(family, strictest)
+                    heapq.heappush(waiting, _Waiting(cost, first.number, strictest))
+                continue
+            found = self._strictest(family, first.strictest, to_beat)
             if found is not None:
-                best, to_beat = found, found.predicted_cost
+                best = family, found
+                to_beat = self._look(family, found, self._judging).cost
+            self._forget(best)
         if best is not None:
-            return Calibrated(best, self._judging)
+            return Calibrated(self._tried(*best), self._judging)
         if self._nearest is not None:
             return f"calibrated: {self._nearest[1]}"
         return "calibrated: the data lets nothing be removed that would pay"
 
-    def _strictest(self, family: Sequence[Proposal], to_beat: float) -> Attempt | None:
-        """The strictest of a family, sorted so, that passes on both parts and is predicted to beat what was found."""
-        found: dict[int, Attempt | None] = {}
-        low, high = 0, len(family)
-        while low < high:
-            middle = (low + high) // 2
-            if self._predicted(family[middle]) >= to_beat:
-                high = middle
-                continue
-            found[middle] = self._passing(family[middle])
-            if found[middle] is None:
-                low = middle + 1
-            else:
-                high = middle
-        for number in range(low, len(family)):
-            if self._predicted(family[number]) >= to_beat:
-                continue
-            tried = found.get(number) or self._passing(family[number])
-            if tried is not None and self._inside(tried, self._judging):
-                return tried
+    def _least(self, family: Family) -> float:
+        """The share of the weights that a family leaves at least: none of its proposals is predicted to be faster."""
+        whole = sum(site.size for site in self._context.study.sites)
+        return max(self._nonzero - family.removes, 0) / max(whole, 1)
+
+    def _strictest_alive(self, family: Family) -> int | None:
+        """The strictest level that takes the model apart and leaves something of it."""
+        for number in range(family.size):
+            if not math.isinf(self._predicted(family, number)):
+                return number
         return None
 
-    def _passing(self, proposal: Proposal) -> Attempt | None:
-        tried = self._attempt(proposal, refitted(self._context, proposal))
-        if not tried.takes_apart:
-            return None
-        return tried if self._inside(tried, self._choosing) else None
+    def _strictest(self, family: Family, first: int, to_beat: float) -> int | None:
+        """The strictest level, from ``first`` on, that passes on both parts and is predicted to beat what was found."""
+        low, high = first, family.size
+        while low < high:
+            middle = (low + high) // 2
+            if self._predicted(family, middle) >= to_beat or self._passing(family, middle):
+                high = middle
+            else:
+                low = middle + 1
+        for number in range(low, family.size):
+            if self._predicted(family, number) >= to_beat:
+                break
+            if self._passing(family, number) and self._inside(family, number, self._judging):
+                return number
+        return None
 
-    def _inside(self, tried: Attempt, inputs: Inputs) -> bool:
+    def _passing(self, family: Family, number: int) -> bool:
+        return self._inside(family, number, self._choosing)
+
+    def _inside(self, family: Family, number: int, inputs: Inputs) -> bool:
+        look = self._look(family, number, inputs)
+        if not look.passed:
+            self._refitted.pop((family.name, number), None)
+            if math.isfinite(look.cost) and (
+                self._nearest is None or look.error < self._nearest[0]
+            ):
+                self._nearest = look.error, look.told
+        return look.passed
+
+    def _look(self, family: Family, number: int, inputs: Inputs) -> _Look:
+        question = f"{family.name} / {number}: error on {inputs.part}"
+        answer = self._journal.recall(
+            question, lambda: dataclasses.asdict(self._measured(family, number, inputs))
+        )
+        return _Look(**answer)
+
+    def _measured(self, family: Family, number: int, inputs: Inputs) -> _Look:
+        tried = self._tried(family, number)
+        if not tried.takes_apart:
+            return _Look(
+                False, math.inf, math.inf, f"{tried.criterion.name} takes nothing apart"
+            )
         claim = measure_annealing(
             tried.study.source,
             annealed_model(tried),
@@ -206,36 +282,46 @@ class _Search:
         logger.info(
             "%s: %s %.3g on %s", tried.criterion.name, claim.measure, claim.error, claim.data
         )
-        if not claim and (self._nearest is None or claim.error < self._nearest[0]):
-            self._nearest = claim.error, _told(tried, claim)
-        return bool(claim)
+        return _Look(claim.passed, claim.error, tried.predicted_cost, _told(tried, claim))
 
-    def _weights_left(self, proposal: Proposal) -> int:
-        """Different weights that the masks leave: the order of costs, before anything is planned."""
-        left = 0
-        for name, mask in proposal.masks.items():
-            equal = proposal.equal.get(name)
-            left += int((mask if equal is None else mask[:, equal.firsts]).sum())
-        return left
+    def _tried(self, family: Family, number: int) -> Attempt:
+        """The proposal refitted."""
+        key = family.name, number
+        if key not in self._refitted:
+            proposal = family.at(number)
+            assert proposal is not None
+            self._refitted[key] = self._attempt(proposal, refitted(self._context, proposal))
+        return self._refitted[key]
 
-    def _predicted(self, proposal: Proposal) -> float:
-        """The predicted cost over dense, infinite where nothing is taken apart.
+    def _forget(self, kept: tuple[Family, int] | None) -> None:
+        """Free all refitted weights but those of the best."""
+        key = None if kept is None else (kept[0].name, kept[1])
+        self._refitted = {k: tried for k, tried in self._refitted.items() if k == key}
 
-        As it would be without compensation: costs do not depend on it.
-        """
-        if proposal in self._costs:
-            return self._costs[proposal]
-        study = self._context.study
-        bare: dict[str, Refit] = {}
-        for site in self._context.sites:
-            if site.name in proposal.masks:
-                start = proposal.start(site, study.weight(site))
-                bare[site.name] = Refit(start, np.zeros(site.shape[1]))
-        tried = self._attempt(proposal, bare)
-        cost = tried.predicted_cost if tried.takes_apart else math.inf
-        logger.info("%s: predicted %.2f of the time", proposal.name, cost)
-        self._costs[proposal] = cost
+    def _predicted(self, family: Family, number: int) -> float:
+        """The predicted cost over dense, infinite where nothing is taken apart or nothing is left."""
+        cost: float = self._journal.recall(
+            f"{family.name} / {number}: predicted cost", lambda: self._planned(family, number)
+        )
         return cost
+
+    def _planned(self, family: Family, number: int) -> float:
+        """The cost of the proposal as it would be without compensation: costs do not depend on it."""
+        proposal = family.at(number)
+        if proposal is None or proposal.keeps_nothing:
+            return math.inf
+        key = family.name, proposal.digest
+        if key not in self._costs:
+            study = self._context.study
+            bare: dict[str, Refit] = {}
+            for site in self._context.sites:
+                if site.name in proposal.masks:
+                    start = proposal.start(site, study.weight(site))
+                    bare[site.name] = Refit(start, np.zeros(site.shape[1]))
+            tried = self._attempt(proposal, bare)
+            self._costs[key] = tried.predicted_cost if tried.takes_apart else math.inf
+            logger.info("%s: predicted %.2f of the time", proposal.name, self._costs[key])
+        return self._costs[key]
 
     def _attempt(self, proposal: Proposal, refits: Mapping[str, Refit]) -> Attempt:
         study = self._context.study

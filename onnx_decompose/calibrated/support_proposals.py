@@ -13,6 +13,7 @@ a group it was never meant for is cut off from it; whether that matters, the met
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,13 @@ from onnx_decompose.analysis.support import (
     influence,
     resting_values,
 )
+from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.refitting import Focus, Proposal
 from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.model.tensors import is_float
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -54,23 +56,44 @@ WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25)
 _RESTING_ROWS = 4096
 """Rows on which resting values are looked for."""
 
+_ALWAYS = 0.95
+"""Share of the rows: units that are all active in more of them have no groups, though some value may come twice."""
 
-def supported_groups(context: CalibrationContext) -> Iterator[Proposal]:
-    """One proposal per region with groups, level of association, and width."""
+
+def supported_groups(context: CalibrationContext) -> Iterator[Family]:
+    """One family per region, level of association, and way of dealing out units; a level of it is a width."""
     names = {site.name for site in context.sites}
     for region in context.study.regions:
-        if not {site.name for site in region.sites} <= names or not region.entries:
-            continue
-        survey = _survey(context, region)
-        if survey is None:
-            continue
-        seen: set[bytes] = set()
-        for level in LEVELS:
-            labels, count = coactive_groups(survey.activity, level=level)
-            if count < 2 or labels.tobytes() in seen:
-                continue
-            seen.add(labels.tobytes())
-            yield from _proposals(context, survey, labels, count, level)
+        if {site.name for site in region.sites} <= names and region.entries:
+            survey = functools.cache(functools.partial(_survey, context, region))
+            for level in LEVELS:
+                places = functools.cache(functools.partial(_places, context, survey, level))
+                for balanced, focused in itertools.product((True, False), (True, False)):
+                    way = _Way(level, balanced, focused)
+                    yield Family(
+                        f"support of {region.name}, {way.told}",
+                        len(WIDTHS),
+                        functools.partial(_proposal, places, way),
+                        entries_of(region.sites),
+                    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Way:
+    """How the units of a region are dealt out to the groups of one level of association."""
+
+    level: float
+    balanced: bool
+    focused: bool
+
+    @property
+    def told(self) -> str:
+        told = (
+            f"level {self.level:g}" if self.level else "",
+            "equal" if self.balanced else "",
+            "own rows" if self.focused else "",
+        )
+        return ", ".join(part for part in told if part)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +120,7 @@ class _Survey:
 
 
 def _survey(context: CalibrationContext, region: Region) -> _Survey | None:
-    """Count what is active together at the entries; None where they do not go row by row, or nothing ever rests."""
+    """Count what is active together at the entries; None where they do not go row by row, or hardly ever rest."""
     batches = _entries(context, region)
     first: list[NDArray[Any]] = []
     for x in batches:
@@ -108,8 +131,8 @@ def _survey(context: CalibrationContext, region: Region) -> _Survey | None:
             break
     head = np.concatenate(first)[:_RESTING_ROWS]
     counting = ActivityAccumulator(resting_values(head))
-    if counting.active(head).mean(axis=0).min() == 1:
-        return None  # no unit ever rests
+    if counting.active(head).mean(axis=0).min() > _ALWAYS:
+        return None
     for x in _entries(context, region):
         assert x is not None
         counting.update(x)
@@ -130,11 +153,38 @@ def _side_by_side(values: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
     return np.concatenate(rows, axis=1)
 
 
-def _proposals(
-    context: CalibrationContext, survey: _Survey, inputs: IntArray, count: int, level: float
-) -> Iterator[Proposal]:
-    region = survey.region
-    spread = _spreads(context, survey, inputs, count)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Places:
+    """What is known of a region's units once its inputs are in groups.
+
+    Attributes:
+        survey: the region.
+        labels: the group of each unit of the axes where inputs and outputs are.
+        count: number of groups.
+        scores: how much each other unit serves each group, (units, groups) by axis.
+    """
+
+    survey: _Survey
+    labels: Mapping[int, IntArray]
+    count: int
+    scores: Mapping[int, FloatArray]
+
+
+def _places(
+    context: CalibrationContext, survey: Callable[[], _Survey | None], level: float
+) -> _Places | None:
+    """Who serves whom at a level of association; None where there are no groups, or a lower level has the same."""
+    found = survey()
+    if found is None:
+        return None
+    inputs, count = coactive_groups(found.activity, level=level)
+    lower = (
+        coactive_groups(found.activity, level=other)[0] for other in LEVELS if other < level
+    )
+    if count < 2 or any(np.array_equal(inputs, other) for other in lower):
+        return None
+    region = found.region
+    spread = _spreads(context, found, inputs, count)
     labels: dict[int, IntArray] = {}
     start = 0
     for name in region.entries:
@@ -144,29 +194,37 @@ def _proposals(
     for axis in sorted(region.exit_axes - labels.keys()):
         labels[axis] = _where_it_varies(spread[axis])
     reach = _influence(context, region, labels, count)
-    member = _member(inputs, count)
+    scores = {
+        axis: spread[axis] * reach[axis]
+        for axis in range(len(region.axis_sizes))
+        if axis not in labels
+    }
+    return _Places(found, labels, count, scores)
+
+
+def _proposal(places: Callable[[], _Places | None], way: _Way, number: int) -> Proposal | None:
+    """The proposal of one width, from the narrowest, 0, on."""
+    found, width = places(), WIDTHS[-1 - number]
+    if found is None:
+        return None
+    region = found.survey.region
+    placed = dict(found.labels)
+    for axis, scores in found.scores.items():
+        units = max(int(width * region.axis_sizes[axis]), found.count)
+        placed[axis] = _placed(scores, units, balanced=way.balanced)
+    outputs = {site.name: placed[region.axis_of[site.output]] for site in region.sites}
+    inputs = np.concatenate([found.labels[region.axis_of[name]] for name in region.entries])
+    member = _member(inputs, found.count)
 
     def shares(values: Mapping[str, NDArray[Any]]) -> FloatArray:
-        return survey.shares(values, member)
+        return found.survey.shares(values, member)
 
-    for balanced, focused in itertools.product((True, False), (True, False)):
-        told = (
-            f"{count} groups",
-            f"level {level:g}" if level else "",
-            "equal" if balanced else "",
-            "own rows" if focused else "",
-        )
-        family = ", ".join(part for part in told if part)
-        for width in WIDTHS:
-            placed = dict(labels)
-            for axis, size in enumerate(region.axis_sizes):
-                if axis not in placed:
-                    units = max(int(width * size), count)
-                    placed[axis] = _placed(spread[axis] * reach[axis], units, balanced=balanced)
-            outputs = {site.name: placed[region.axis_of[site.output]] for site in region.sites}
-            focus = Focus(count, region.entries, shares, outputs) if focused else None
-            name = f"support({family})" if width == 1 else f"support({family}, width {width:g})"
-            yield Proposal(name, _masks(region, placed), focus=focus, family=family)
+    told = (f"{found.count} groups", way.told, "" if width == 1 else f"width {width:g}")
+    return Proposal(
+        f"support({', '.join(part for part in told if part)})",
+        _masks(region, placed),
+        focus=Focus(found.count, region.entries, shares, outputs) if way.focused else None,
+    )
 
 
 def _placed(scores: FloatArray, units: int, *, balanced: bool) -> IntArray:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.calibrated.families import Family
     from onnx_decompose.calibrated.refitting import CalibrationContext
     from tests.e2e.conftest import Command
 
@@ -91,8 +92,8 @@ def test_without_compensation_different_constants_keep_outputs_apart(
         context = _context(planted, compensation)
         kept[compensation] = min(
             next(iter(p.equal.values())).labels.max() + 1
-            for p in merged_outputs(context)
-            if p.family == "merge" and _error(context, p) < 0.05
+            for p in _family(context, "merge")
+            if _error(context, p) < 0.05
         )
     assert kept["mean"] < 3 * GROUPS < kept["none"]
 
@@ -104,10 +105,7 @@ def test_outputs_that_are_hardly_used_may_differ_more(
     (site,) = context.sites
     used = softmax_usage(context, site)
     assert used.sum() == pytest.approx(1.0)
-    plain, by_use = (
-        [p for p in merged_outputs(context) if p.family == family]
-        for family in ("merge", "merge by use")
-    )
+    plain, by_use = (list(_family(context, family)) for family in ("merge", "merge by use"))
     often = np.argsort(used)[-30:]
 
     def alone(proposal: object) -> int:
@@ -116,6 +114,10 @@ def test_outputs_that_are_hardly_used_may_differ_more(
 
     assert len(plain) == len(by_use)
     assert sum(map(alone, by_use)) > sum(map(alone, plain))
+
+
+def _family(context: CalibrationContext, name: str) -> Family:
+    return next(family for family in merged_outputs(context) if family.name == name)
 
 
 def _context(

@@ -10,6 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_decompose.calibrated import search as calibrated_search
+from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.refitting import CalibrationContext, Proposal, refitted
 from onnx_decompose.calibrated.search import Calibrated, calibrate_within_budget
 from onnx_decompose.decomposition.decompose import Attempt, attempt
@@ -54,17 +55,19 @@ def found(
         {"x": rng.normal(size=(600, 64)).astype(np.float32)}, graph_inputs(proto)
     )
 
-    def nested(context: CalibrationContext) -> list[Proposal]:
+    def nested(context: CalibrationContext) -> list[Family]:
         first, second = context.sites
-        proposals = []
-        for kept in range(4, HIDDEN, 4):
+
+        def at(number: int) -> Proposal:
+            kept = 4 * number + 4
             live = np.arange(HIDDEN) < kept
             masks = {
                 first.name: np.broadcast_to(live, first.shape),
                 second.name: np.broadcast_to(live[:, None], second.shape),
             }
-            proposals.append(Proposal(f"keep({kept})", masks, family="keep"))
-        return proposals
+            return Proposal(f"keep({kept})", masks)
+
+        return [Family("keep", HIDDEN // 4 - 1, at, entries_of(context.sites))]
 
     planned: list[str] = []
     refits: list[str] = []
