@@ -12,11 +12,10 @@ One unit at a time, so that of two that say the same only one goes. Means take n
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
-import scipy.linalg.blas
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,12 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Removal", "Reader", "removal_order"]
 
-_add_outer: Any = scipy.linalg.blas.dger  # pyright: ignore[reportAttributeAccessIssue]
-"""BLAS's a += alpha x y^T, in place; made when scipy is imported."""
-
 _RIDGE = 1e-6
 """Of the mean variance of a unit: a covariance of few samples has no inverse."""
-_COMPACT_BELOW = 0.8
+_BLOCK = 64
+"""Units that go before what is left of the others is written anew."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +89,7 @@ def removal_order(readers: Sequence[Reader], most: float = 0.5) -> Removal:
         for state in states:
             state.remove(unit)
         alive[unit] = False
-        if np.count_nonzero(alive) < _COMPACT_BELOW * alive.size:
+        if len(order) % _BLOCK == 0:
             for state in states:
                 state.keep(alive)
             units, alive = units[alive], alive[alive]
@@ -100,39 +97,58 @@ def removal_order(readers: Sequence[Reader], most: float = 0.5) -> Removal:
 
 
 class _State:
-    """V and P of one reader while units go."""
+    """V and P of one reader while units go.
+
+    What the last units changed is kept apart, V = V0 - U Z and P = P0 - U U^T, with a column p / sqrt(P_ii) of U and a
+    row v / sqrt(P_ii) of Z for each of them, so that the large matrices are only read until they are brought up to
+    date, for a block of units at once.
+    """
 
     def __init__(self, reader: Reader) -> None:
         covariance = reader.covariance
         self.power = float(np.einsum("ij,ij->", reader.weight, covariance @ reader.weight))
         mean = float(np.diagonal(covariance).mean())
         ridged = covariance + max(_RIDGE * mean, 1e-30) * np.eye(covariance.shape[0])
-        # Column by column, as BLAS updates them in place.
-        self._inverse = np.asfortranarray(scipy.linalg.inv(ridged))
-        self._weight = np.array(reader.weight, np.float64, order="F")
+        self._begin(np.array(reader.weight, np.float64), scipy.linalg.inv(ridged))
+
+    def _begin(self, weight: FloatArray, inverse: FloatArray) -> None:
+        units, outputs = weight.shape
+        self._weight, self._inverse = weight, inverse
+        self._columns = np.zeros((units, _BLOCK), order="F")
+        self._rows = np.zeros((_BLOCK, outputs))
+        self._gone = 0
+        self._squares = np.einsum("ij,ij->i", weight, weight)
+        self._diagonal = np.diagonal(inverse).copy()
 
     def costs(self) -> FloatArray:
-        """What each unit would cost."""
-        squares = np.einsum("ij,ij->i", self._weight, self._weight)
-        diagonal = np.diagonal(self._inverse)
-        # Of a unit that went nothing is left, neither of its weight nor of its row in the inverse.
+        """What each unit would cost; of one that went nothing is left."""
         found: FloatArray = np.divide(
-            squares, diagonal, out=np.zeros_like(squares), where=diagonal > 0
+            self._squares,
+            self._diagonal,
+            out=np.zeros_like(self._squares),
+            where=self._diagonal > 0,
         )
         return found
 
     def remove(self, unit: int) -> None:
         """Let the others take over."""
-        column = self._inverse[:, unit].copy()
-        pivot = column[unit]
-        row = self._weight[unit].copy()
-        for array, other in ((self._weight, row), (self._inverse, column)):
-            _add_outer(-1 / pivot, column, other, a=array, overwrite_a=True)
-        self._weight[unit] = 0
-        self._inverse[unit] = 0
-        self._inverse[:, unit] = 0
+        columns, rows = self._columns[:, : self._gone], self._rows[: self._gone]
+        column = self._inverse[unit] - columns @ columns[unit]
+        scale = 1 / np.sqrt(column[unit])
+        column *= scale
+        row = (self._weight[unit] - columns[unit] @ rows) * scale
+        along = self._weight @ row - columns @ (rows @ row)
+        self._squares += column * (column * (row @ row) - 2 * along)
+        np.maximum(self._squares, 0, out=self._squares)
+        self._diagonal -= column * column
+        self._squares[unit] = self._diagonal[unit] = 0
+        self._columns[:, self._gone], self._rows[self._gone] = column, row
+        self._gone += 1
 
     def keep(self, alive: NDArray[np.bool_]) -> None:
-        """Forget the units that went."""
-        self._weight = np.asfortranarray(self._weight[alive])
-        self._inverse = np.asfortranarray(self._inverse[np.ix_(alive, alive)])
+        """Forget the units that went, and bring the rest up to date."""
+        columns, rows = self._columns[alive, : self._gone], self._rows[: self._gone]
+        weight, inverse = self._weight[alive], self._inverse[np.ix_(alive, alive)]
+        weight -= columns @ rows
+        inverse -= columns @ columns.T
+        self._begin(weight, inverse)
