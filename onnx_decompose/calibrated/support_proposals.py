@@ -71,7 +71,7 @@ def supported_groups(context: CalibrationContext) -> Iterator[Family]:
                 for balanced, focused in itertools.product((True, False), (True, False)):
                     way = _Way(level, balanced, focused)
                     yield Family(
-                        f"support of {region.name}, {way.told}",
+                        f"support({', '.join(filter(None, (region.name, way.told)))})",
                         len(WIDTHS),
                         functools.partial(_proposal, places, way),
                         entries_of(region.sites),
@@ -93,7 +93,7 @@ class _Way:
             "equal" if self.balanced else "",
             "own rows" if self.focused else "",
         )
-        return ", ".join(part for part in told if part)
+        return ", ".join(filter(None, told))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -221,7 +221,7 @@ def _proposal(places: Callable[[], _Places | None], way: _Way, number: int) -> P
 
     told = (f"{found.count} groups", way.told, "" if width == 1 else f"width {width:g}")
     return Proposal(
-        f"support({', '.join(part for part in told if part)})",
+        f"support({', '.join(filter(None, told))})",
         _masks(region, placed),
         focus=Focus(found.count, region.entries, shares, outputs) if way.focused else None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,63 +38,132 @@ chain (float[N, 64] x) => (float[N, 4] y)
 HIDDEN, NEEDED = 256, 70
 
 
-@pytest.fixture
-def found(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Calibrated | str, list[str], list[str]]:
-    """What the search finds among 64 nested proposals, and what it planned and refitted on the way."""
-    proto = onnx.parser.parse_model(TEXT)
-    sizes = np.where(np.arange(HIDDEN) < NEEDED, 1.0, 1e-6)
-    for name, weight in (
-        ("w0", rng.normal(size=(64, HIDDEN))),
-        ("w1", sizes[:, None] * rng.normal(size=(HIDDEN, 4))),
-    ):
-        tensor = numpy_helper.from_array(weight.astype(np.float32), name)
-        proto.graph.initializer.append(tensor)
-    study = study_model(Model(proto))
-    samples = samples_from_arrays(
-        {"x": rng.normal(size=(600, 64)).astype(np.float32)}, graph_inputs(proto)
-    )
+class Chain:
+    """Two products between which 70 of 256 units matter, and a search for how few may stay."""
 
-    def nested(context: CalibrationContext) -> list[Family]:
-        first, second = context.sites
+    def __init__(self, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+        proto = onnx.parser.parse_model(TEXT)
+        sizes = np.where(np.arange(HIDDEN) < NEEDED, 1.0, 1e-6)
+        for name, weight in (
+            ("w0", rng.normal(size=(64, HIDDEN))),
+            ("w1", sizes[:, None] * rng.normal(size=(HIDDEN, 4))),
+        ):
+            tensor = numpy_helper.from_array(weight.astype(np.float32), name)
+            proto.graph.initializer.append(tensor)
+        self.study = study_model(Model(proto))
+        inputs = {"x": rng.normal(size=(600, 64)).astype(np.float32)}
+        self.samples = samples_from_arrays(inputs, graph_inputs(proto))
+        self.planned: list[str] = []
+        self.refits: list[str] = []
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(calibrated_search, "attempt", self._attempt)
+        monkeypatch.setattr(calibrated_search, "refitted", self._refitted)
 
-        def at(number: int) -> Proposal:
-            kept = 4 * number + 4
-            live = np.arange(HIDDEN) < kept
-            masks = {
-                first.name: np.broadcast_to(live, first.shape),
-                second.name: np.broadcast_to(live[:, None], second.shape),
-            }
-            return Proposal(f"keep({kept})", masks)
+    def best(self, *families: Family) -> Calibrated | str:
+        """What the search finds in the families."""
+        generators = {"decay": lambda _: iter(families)}
+        self._monkeypatch.setattr(calibrated_search, "GENERATORS", generators)
+        options = Options(budget=1e-3, batch=(64,))
+        given = Inputs(samples=self.samples)
+        return calibrate_within_budget(self.study, options, given, Provider.CPU, to_beat=np.inf)
 
-        return [Family("keep", HIDDEN // 4 - 1, at, entries_of(context.sites))]
+    def keep(self, units: int) -> Proposal:
+        """The first so many units."""
+        first, second = self.study.sites
+        live = np.arange(HIDDEN) < units
+        masks = {
+            first.name: np.broadcast_to(live, first.shape),
+            second.name: np.broadcast_to(live[:, None], second.shape),
+        }
+        return Proposal(f"keep({units})", masks)
 
-    planned: list[str] = []
-    refits: list[str] = []
+    def family(self, name: str, *units: int) -> Family:
+        """A level for each number of units."""
+        return Family(
+            name,
+            len(units),
+            lambda number: self.keep(units[number]),
+            entries_of(self.study.sites),
+        )
 
-    def noted(study: Study, evidence: Any, criterion: Any, **rest: Any) -> Attempt:
-        planned.append(criterion.name)
+    def _attempt(self, study: Study, evidence: Any, criterion: Any, **rest: Any) -> Attempt:
+        self.planned.append(criterion.name)
         return attempt(study, evidence, criterion, **rest)
 
-    def noted_refit(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit]:
-        refits.append(proposal.name)
+    def _refitted(self, context: CalibrationContext, proposal: Proposal) -> dict[str, Refit]:
+        self.refits.append(proposal.name)
         return refitted(context, proposal)
 
-    monkeypatch.setattr(calibrated_search, "GENERATORS", {"decay": nested})
-    monkeypatch.setattr(calibrated_search, "attempt", noted)
-    monkeypatch.setattr(calibrated_search, "refitted", noted_refit)
-    options = Options(budget=1e-3, batch=(64,))
-    given = Inputs(samples=samples)
-    result = calibrate_within_budget(study, options, given, Provider.CPU, to_beat=np.inf)
-    return result, planned, refits
+
+@pytest.fixture
+def chain(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Chain:
+    return Chain(rng, monkeypatch)
+
+
+def chosen(found: Calibrated | str) -> str:
+    assert isinstance(found, Calibrated), found
+    return found.tried.criterion.name
 
 
 def test_the_strictest_inside_the_budget_is_found_with_few_plans_and_refits(
-    found: tuple[Calibrated | str, list[str], list[str]],
+    chain: Chain,
 ) -> None:
-    result, planned, refits = found
-    assert isinstance(result, Calibrated)
-    assert result.tried.criterion.name == "keep(72)"
-    assert len(refits) <= 7
-    assert len(planned) <= 2 * len(refits) + 2
+    nested = chain.family("nested", *range(4, HIDDEN, 4))
+    made: list[int] = []
+
+    def noted(number: int) -> Proposal | None:
+        made.append(number)
+        return nested.at(number)
+
+    assert chosen(chain.best(dataclasses.replace(nested, at=noted))) == "keep(72)"
+    assert len(chain.refits) <= 7
+    assert len(chain.planned) <= 2 * len(chain.refits) + 2
+    assert len(set(made)) <= 8
+
+
+def test_a_family_that_cannot_be_faster_is_never_made(chain: Chain) -> None:
+    def needless(number: int) -> Proposal | None:
+        raise AssertionError(number)
+
+    small = Family("small", 9, needless, removes=HIDDEN)
+    for families in (
+        (small, chain.family("good", 72, 100)),
+        (chain.family("good", 72, 100), small),
+    ):
+        assert chosen(chain.best(*families)) == "keep(72)"
+
+
+def test_of_a_family_whose_strictest_is_not_faster_nothing_else_is_made(chain: Chain) -> None:
+    def only_the_strictest(number: int) -> Proposal | None:
+        assert number == 0
+        return chain.keep(100)
+
+    wide = Family("wide", 9, only_the_strictest, entries_of(chain.study.sites))
+    assert chosen(chain.best(wide, chain.family("good", 72, 200))) == "keep(72)"
+    assert "keep(100)" not in chain.refits
+
+
+def test_levels_that_leave_nothing_or_take_nothing_are_passed_over(chain: Chain) -> None:
+    nested = chain.family("nested", 0, 0, 72, 72, 72, 72, 0, 0)
+
+    def at(number: int) -> Proposal | None:
+        return nested.at(number) if number < 6 else None
+
+    assert chosen(chain.best(dataclasses.replace(nested, at=at))) == "keep(72)"
+    # The same masks are planned once, and once more when they are refitted.
+    assert chain.planned.count("keep(72)") - len(chain.refits) == 1
+    assert "calibrated: the data lets nothing" in str(
+        chain.best(dataclasses.replace(nested, at=lambda _: None))
+    )
+
+
+def test_the_faster_of_two_families_wins_whatever_their_order(chain: Chain) -> None:
+    good, better = chain.family("good", 100, 120), chain.family("better", 72, 200)
+    assert chosen(chain.best(good, better)) == "keep(72)"
+    assert chosen(chain.best(better, good)) == "keep(72)"
+
+
+def test_the_nearest_is_told_where_none_is_inside_the_budget(chain: Chain) -> None:
+    told = chain.best(chain.family("strict", 8, 32, 64))
+    assert isinstance(told, str)
+    assert told.startswith("calibrated: at keep(64) (1 substructure, 0.")
