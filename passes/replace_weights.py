@@ -12,7 +12,7 @@ from onnx_decompose.graph.quantized import weight_position
 from onnx_decompose.model.constants import Constants
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.passes.base import GraphPass, PassResult
-from onnx_decompose.passes.splice import Fresh, constant_nodes, with_nodes
+from onnx_decompose.passes.splice import ORIGIN_KEY, Fresh, constant_nodes, with_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -136,6 +136,8 @@ class _Edit:
             The value that the site's own node makes now.
         """
         node = self.own(site.node)
+        if not node.name:  # it is known by what it makes, which may change
+            node.metadata_props.add(key=ORIGIN_KEY, value=node.output[0])
         last = self.nodes[bias.nodes[-1]].output[0] if bias.nodes else site.output
         if bias.inside and tensor is not None:
             node.input.extend("" for _ in range(len(node.input), 3))

@@ -106,8 +106,7 @@ def _origins(graph: onnx.GraphProto) -> Iterator[str]:
     for node in graph.node:
         for entry in node.metadata_props:
             if entry.key == _ORIGIN:
-                # A product without a name that got a bias is called after what it makes now.
-                yield from {entry.value, entry.value.removesuffix(".product")}
+                yield entry.value
         for inner in _bodies(node):
             yield from _origins(inner)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import onnx
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from onnx_decompose.decomposition.decompose import annealed_model
@@ -45,6 +45,7 @@ def test_nodes_inside(seed: int, emit: Emit, how: Wrapping, noise: bool) -> None
 
 @settings(max_examples=25)
 @given(seed=SEEDS, emit=EMITS, noise=st.booleans())
+@example(seed=125, emit="auto", noise=True)  # a scale goes into a product without a name
 def test_products_in_other_forms(seed: int, emit: Emit, noise: bool) -> None:
     model = random_model(Recipe.drawn(seed, NOISE if noise else 0.0))
     check(reformed(model, np.random.default_rng(seed)), emit, noise=noise)
