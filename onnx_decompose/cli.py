@@ -244,6 +244,11 @@ def analyze(
     help="What makes up for what calibrated annealing removes.",
 )
 @click.option(
+    "--resume",
+    type=_PATH,
+    help="Keep what calibrated annealing finds out in this file, and go on where an interrupted run left it.",
+)
+@click.option(
     "--budget",
     type=float,
     default=0.01,
@@ -295,7 +300,7 @@ def rewrite(
 
     if output is None and not dry_run:
         raise OptionError("rewrite: give -o OUT.onnx, or --dry-run to write nothing")
-    _check_outputs([output, save_annealed, report, html], [model])
+    _check_outputs([output, save_annealed, report, html, options["resume"]], [model])
     result = run(model, None if dry_run else output, Options(**options))
     if save_annealed is not None and not dry_run:
         save_model(result.annealed, save_annealed, data_from=load_model(model))

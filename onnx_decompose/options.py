@@ -19,7 +19,7 @@ Annealing = Literal["auto", "tested", "calibrated"]
 """What decides over removal: both of the others, the faster one wins; the null; calibration data."""
 
 ProposalKind = Literal["decay", "support", "removal", "merging"]
-"""What calibrated annealing may propose: see ``calibrated_search.GENERATORS``."""
+"""What calibrated annealing may propose: see ``calibrated.search.GENERATORS``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Options:
         proposals: the kinds of proposals that calibrated annealing tries; none named tries all.
         compensation: what makes up for what calibrated annealing removes: ``ridge`` (refitted weights), ``mean``
             (biases alone), ``none``.
+        resume: file that keeps what the calibrated search finds out; one of an interrupted run goes on from there.
         budget: bound of claim B: relative L2 error of every output, or the metric's drop; 0 removes nothing but
             exact zeros.
         output_budgets: bounds of single outputs in the place of ``budget``, as (name, bound); without a metric.
@@ -61,6 +62,7 @@ class Options:
     annealing: Annealing = "auto"
     proposals: tuple[ProposalKind, ...] = ()
     compensation: Compensation = "ridge"
+    resume: Path | None = None
     budget: float = 0.01
     output_budgets: tuple[tuple[str, float], ...] = ()
     metric: str | None = None
@@ -86,6 +88,10 @@ class Options:
         self._check_choices()
         if self.annealing == "calibrated" and self.calibration is None:
             raise OptionError("calibrated annealing needs data: give --calibration with inputs")
+        if self.resume is not None and not self.calibrates:
+            raise OptionError(
+                "there is no calibrated search to resume: give --calibration, a budget over 0, and no --null"
+            )
         if not self.batch or min(self.batch) < 1:
             raise OptionError(
                 f"batch {self.batch} holds no sizes; give numbers from 1 on, as in 1,16,256"

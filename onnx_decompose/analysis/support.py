@@ -14,6 +14,7 @@ when a group is active, and reaches the outputs that vary with it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ APART = -1
 """Label of a unit that is in no group."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Activity:
     """How often inputs are active, alone and together.
 
@@ -60,6 +61,7 @@ class Activity:
         alone: FloatArray = self.together.diagonal()
         return alone
 
+    @functools.cached_property
     def association(self) -> tuple[FloatArray, FloatArray]:
         """P-value of the upper tail and phi coefficient of every pair, (K, K) each."""
         first, second = self.alone[:, None], self.alone[None, :]
@@ -121,7 +123,7 @@ def coactive_groups(
         the group that they are most often active with; those that never are, and those that are never active, are
         ``APART``.
     """
-    pvalue, phi = activity.association()
+    pvalue, phi = activity.association
     count = activity.alone.size
     bound = alpha / max(count * (count - 1) / 2, 1)
     edges = (pvalue <= bound) & (phi >= level)

@@ -2,8 +2,11 @@
 
 Within a family, a stricter proposal is both faster and less exact, so that halving finds the strictest one inside the
 budget with few plans and few refits. Families come in the order of how fast they may be; one that cannot be faster than
-what was found is not made at all. Errors are measured on the part of the samples
-to choose on; what is chosen has to pass on the part that is held out for claim B, which nothing else ever sees.
+what was found is not made at all. Errors are measured on the part of the samples to choose on; what is chosen has to
+pass on the part that is held out for claim B, which nothing else ever sees.
+
+What is predicted and measured goes through a journal, so that a search that was interrupted goes on where it was: it
+asks the same questions in the same order, and the answers that are there cost nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.evidence import Evidence
 from onnx_decompose.analysis.null import Zero
 from onnx_decompose.calibrated.decay_proposals import decayed_units
+from onnx_decompose.calibrated.identity import search_digest
 from onnx_decompose.calibrated.journal import Journal
 from onnx_decompose.calibrated.merge_proposals import merged_outputs
 from onnx_decompose.calibrated.refitting import (
@@ -83,6 +87,10 @@ def calibrate_within_budget(
 
     Returns:
         The attempt; or why there is none, with the figures of the one that came nearest.
+
+    Raises:
+        DataError: the journal to go on with is that of another search.
+        OutputError: it cannot be written.
     """
     assert inputs.samples is not None
     if inputs.samples.count < 3:
@@ -91,8 +99,12 @@ def calibrate_within_budget(
     reason = context.too_few() if context.sites else "no site can be refitted"
     if reason is not None:
         return reason
-    search = _Search(context, options, inputs, cost_model(provider, options.batch), Journal())
-    return search.best(to_beat)
+    cost = cost_model(provider, options.batch)
+    journal = Journal()
+    if options.resume is not None:
+        which = search_digest(study.source, options, inputs, cost, provider)
+        journal = Journal(options.resume, which)
+    return _Search(context, options, inputs, cost, journal).best(to_beat)
 
 
 def context_for(

@@ -56,8 +56,9 @@ WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25)
 _RESTING_ROWS = 4096
 """Rows on which resting values are looked for."""
 
-_ALWAYS = 0.95
-"""Share of the rows: units that are all active in more of them have no groups, though some value may come twice."""
+_ALWAYS = 0.9
+"""Share of the rows: groups that are active in more of them, on average, are not apart. Values may come twice by chance,
+as those of a frequent word do, and what rests with them is no group of its own for that."""
 
 
 def supported_groups(context: CalibrationContext) -> Iterator[Family]:
@@ -182,6 +183,9 @@ def _places(
         coactive_groups(found.activity, level=other)[0] for other in LEVELS if other < level
     )
     if count < 2 or any(np.array_equal(inputs, other) for other in lower):
+        return None
+    active = (found.activity.alone / found.activity.rows) @ _member(inputs, count)
+    if active.mean() > _ALWAYS:
         return None
     region = found.region
     spread = _spreads(context, found, inputs, count)

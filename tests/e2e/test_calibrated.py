@@ -157,6 +157,58 @@ class TestFadedUnits:
         assert job.output.read_bytes() == first
 
 
+class TestResumed:
+    @pytest.fixture
+    def journal(self, tmp_path: Path) -> Path:
+        return tmp_path / "search.jsonl"
+
+    def test_from_wherever_it_was_interrupted_to_the_same_bytes(
+        self, job: Job, journal: Path, rng: np.random.Generator
+    ) -> None:
+        x = normal(rng, 1000)
+        assert job(x, "--budget", "1e-3").code == 0
+        whole = job.output.read_bytes()
+        assert job(x, "--budget", "1e-3", "--resume", journal).code == 0
+        assert job.output.read_bytes() == whole
+        content = journal.read_bytes()
+        lines = content.splitlines(keepends=True)
+        for kept in (b"".join(lines[: len(lines) // 2]) + lines[-1][:20], b""):
+            journal.write_bytes(kept)
+            assert job(x, "--budget", "1e-3", "--resume", journal).code == 0
+            assert job.output.read_bytes() == whole
+            assert journal.read_bytes() == content
+
+    @pytest.mark.parametrize("what", ["model", "seed", "budget", "file"])
+    def test_the_journal_of_another_search_is_refused(
+        self, job: Job, journal: Path, rng: np.random.Generator, what: str
+    ) -> None:
+        x, budget, seed = normal(rng, 400), "1e-3", "0"
+        if what == "file":
+            journal.write_text("my notes\n", "utf-8")
+        else:
+            assert job(x, "--budget", budget, "--resume", journal).code == 0
+        before = journal.read_bytes()
+        if what == "model":
+            save(faded(rng), job.source)
+        job.output.unlink(missing_ok=True)
+        budget, seed = "2e-3" if what == "budget" else budget, "1" if what == "seed" else seed
+        result = job(x, "--budget", budget, "--seed", seed, "--resume", journal)
+        assert result.code == 2
+        told = "is no journal" if what == "file" else "is of another search"
+        assert f"search.jsonl: {told}" in result.err
+        assert result.err.count("\n") == 1
+        assert journal.read_bytes() == before
+        assert not job.output.exists()
+
+    def test_there_has_to_be_a_search(
+        self, job: Job, journal: Path, rng: np.random.Generator
+    ) -> None:
+        result = job(normal(rng, 100), "--budget", "0", "--resume", journal)
+        assert result.code == 2
+        assert "no calibrated search to resume" in result.err
+        assert not journal.exists()
+
+
 class TestRefusals:
     def test_too_few_samples_and_how_many_would_do(
         self, job: Job, rng: np.random.Generator

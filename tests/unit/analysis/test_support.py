@@ -99,7 +99,7 @@ class TestGroups:
 
     def test_phi_is_the_correlation_of_the_indicators(self, rng: np.random.Generator) -> None:
         active = planted(rng, 100, noise=0.2)
-        _, phi = counted(active).association()
+        _, phi = counted(active).association
         np.testing.assert_allclose(phi, np.corrcoef(active.T), atol=1e-12)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +14,11 @@ from onnx import numpy_helper
 
 from onnx_decompose.calibrated import search as calibrated_search
 from onnx_decompose.calibrated.families import Family, entries_of
+from onnx_decompose.calibrated.journal import Journal
 from onnx_decompose.calibrated.refitting import CalibrationContext, Proposal, refitted
 from onnx_decompose.calibrated.search import Calibrated, calibrate_within_budget
-from onnx_decompose.decomposition.decompose import Attempt, attempt
+from onnx_decompose.decomposition.decompose import Attempt, annealed_model, attempt
+from onnx_decompose.errors import DataError
 from onnx_decompose.graph.study import Study, study_model
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs
@@ -59,11 +63,11 @@ class Chain:
         monkeypatch.setattr(calibrated_search, "attempt", self._attempt)
         monkeypatch.setattr(calibrated_search, "refitted", self._refitted)
 
-    def best(self, *families: Family) -> Calibrated | str:
+    def best(self, *families: Family, resume: Path | None = None) -> Calibrated | str:
         """What the search finds in the families."""
         generators = {"decay": lambda _: iter(families)}
         self._monkeypatch.setattr(calibrated_search, "GENERATORS", generators)
-        options = Options(budget=1e-3, batch=(64,))
+        options = Options(budget=1e-3, batch=(64,), calibration=Path("x.npz"), resume=resume)
         given = Inputs(samples=self.samples)
         return calibrate_within_budget(self.study, options, given, Provider.CPU, to_beat=np.inf)
 
@@ -167,3 +171,54 @@ def test_the_nearest_is_told_where_none_is_inside_the_budget(chain: Chain) -> No
     told = chain.best(chain.family("strict", 8, 32, 64))
     assert isinstance(told, str)
     assert told.startswith("calibrated: at keep(64) (1 substructure, 0.")
+
+
+class TestResumed:
+    def test_killed_after_every_answer_it_comes_to_the_same(
+        self, chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        families = [chain.family("nested", 0, *range(40, 120, 8)), chain.family("other", 8, 76)]
+        whole = chain.best(*families)
+        refits, planned = chain.refits[:], chain.planned[:]
+        chain.refits.clear()
+        chain.planned.clear()
+        write = Journal._write
+
+        def one_more(self: Journal, entry: dict[str, Any]) -> None:
+            write(self, entry)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Journal, "_write", one_more)
+        runs, again = 0, None
+        while again is None:
+            with contextlib.suppress(KeyboardInterrupt):
+                again = chain.best(*families, resume=tmp_path / "search.jsonl")
+            runs += 1
+        assert runs > 10
+        assert chosen(again) == chosen(whole)
+        assert isinstance(whole, Calibrated)
+        assert isinstance(again, Calibrated)
+        first, second = (annealed_model(found.tried) for found in (whole, again))
+        assert first.proto.SerializeToString() == second.proto.SerializeToString()
+        # The best is refitted once more: weights are not kept.
+        assert set(chain.refits) == set(refits)
+        assert set(chain.planned) == set(planned)
+        assert len(chain.refits) <= 2 * len(refits) + 1
+
+    def test_the_reason_why_there_is_none_is_the_same(
+        self, chain: Chain, tmp_path: Path
+    ) -> None:
+        strict, journal = chain.family("strict", 8, 32, 64), tmp_path / "search.jsonl"
+        told = chain.best(strict, resume=journal)
+        chain.refits.clear()
+        assert chain.best(strict, resume=journal) == told
+        assert not chain.refits
+
+    def test_on_other_samples_it_is_another_search(self, chain: Chain, tmp_path: Path) -> None:
+        journal = tmp_path / "search.jsonl"
+        chain.best(chain.family("good", 72), resume=journal)
+        rows = {"x": chain.samples.rows["x"].copy()}
+        rows["x"][-1, -1] += 1
+        chain.samples = dataclasses.replace(chain.samples, rows=rows)
+        with pytest.raises(DataError, match="of another search"):
+            chain.best(chain.family("good", 72), resume=journal)
