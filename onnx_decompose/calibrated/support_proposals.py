@@ -57,8 +57,8 @@ _RESTING_ROWS = 4096
 """Rows on which resting values are looked for."""
 
 _ALWAYS = 0.9
-"""Share of the rows: groups that are active in more of them, on average, are not apart. Values may come twice by chance,
-as those of a frequent word do, and what rests with them is no group of its own for that."""
+"""Share of the rows: groups that are active in more of them, on average, are not apart. Values may come twice by
+chance, as those of a frequent word do, and what rests with them is no group of its own for that."""
 
 
 def supported_groups(context: CalibrationContext) -> Iterator[Family]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -61,7 +62,7 @@ class TestInterrupted:
     def test_wherever_it_ends_whole_lines_count(self, path: Path) -> None:
         journal = Journal(path, "a")
         for number in range(3):
-            journal.recall(str(number), lambda number=number: number)
+            journal.recall(str(number), partial(int, number))
         content = path.read_bytes()
         for size in range(len(content) + 1):
             path.write_bytes(content[:size])
@@ -71,7 +72,7 @@ class TestInterrupted:
                 if number < whole:
                     assert again.recall(str(number), never) == number
                 else:
-                    assert again.recall(str(number), lambda number=number: number) == number
+                    assert again.recall(str(number), partial(int, number)) == number
             assert path.read_bytes() == content
 
 
