@@ -1,6 +1,6 @@
 """A small causal transformer on real text: the docstrings of Python's own library, character by character.
 
-    python -m models.docstring_lm OUTPUT_FOLDER [--steps 1000]
+    python -m models.docstring_lm OUTPUT_FOLDER [--steps 1000] [--seed 0]
 
 Pre-norm blocks with LayerNorm, biases and a GELU feed-forward: 4 blocks of width 128, 512 hidden units each. The
 documents are split once, by module, into training (80 %), calibration (10 %) and test (10 %). Writes
@@ -215,8 +215,9 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=Training().steps)
+    parser.add_argument("--seed", type=int, default=Training().seed, help="of the training")
     arguments = parser.parse_args()
-    training = Training(steps=arguments.steps)
+    training = Training(seed=arguments.seed, steps=arguments.steps)
     torch.set_num_threads(1)
     splits = docstring_splits()
     began = time.process_time()

@@ -88,9 +88,10 @@ class MomentAccumulator:
             self._begin(x, made)
         x -= self._shift_x
         made -= self._shift_y
+        # Of one array with itself BLAS computes half of the products.
+        weighted = x if weight is None else x * weight[:, None]
         weight = np.ones(x.shape[0]) if weight is None else weight
         self._count += float(weight.sum())
-        weighted = x * weight[:, None]
         self._sum_x += weighted.sum(axis=0)
         self._sum_y += weight @ made
         self._xx += weighted.T @ x

@@ -135,7 +135,8 @@ def refit_weight(
         if compensation == "ridge":
             best, ridge, left = problem.solve(first)
         else:
-            best, ridge, left = first, np.inf, problem.error(first)
+            best, ridge = first, np.inf
+            left = problem.relative(problem.missing(first))
         weight[block] = best
         error[outputs] = left
         ridges.append(ridge)
@@ -172,30 +173,39 @@ class _Problem:
     held_wanted: FloatArray
     power: FloatArray
 
-    def error(self, weight: FloatArray) -> FloatArray:
-        """(n,) share of each output's variance that is missing on the held-out rows."""
-        missing = self.power + ((self.held_gram @ weight - 2 * self.held_wanted) * weight).sum(
-            axis=0
-        )
+    def missing(self, weight: FloatArray) -> FloatArray:
+        """(n,) variance of the outputs that is missing on the held-out rows."""
+        products = (self.held_gram @ weight - 2 * self.held_wanted) * weight
         # What is lost in the subtraction is of the size of the last bits of the variance.
-        missing = np.maximum(missing, 0.0)
-        return np.where(missing <= _TINY, 0.0, missing / np.maximum(self.power, _TINY))
+        missing: FloatArray = np.maximum(self.power + products.sum(axis=0), 0.0)
+        return missing
 
     def solve(self, start: FloatArray) -> tuple[FloatArray, float, FloatArray]:
-        """The weight of the best ridge, that ridge, and its error."""
+        """The weight of the best ridge, that ridge, and its error, relative to the outputs' variance."""
         values, vectors = scipy.linalg.eigh(self.gram)
         mean = float(np.diagonal(self.gram).mean())
-        residual = vectors.T @ (self.wanted - self.gram @ start)
-        best, ridge, left = start, np.inf, self.error(start)
+        missing = self.missing(start)
+        best, ridge, left = np.zeros(start.shape), np.inf, self.relative(missing)
         if mean <= 0:
-            return best, ridge, left
+            return start, ridge, left
+        residual = vectors.T @ (self.wanted - self.gram @ start)
+        # Seen from the start and along the eigenvectors, w = start + vectors c: one product for each ridge.
+        turned = dataclasses.replace(
+            self,
+            held_gram=vectors.T @ self.held_gram @ vectors,
+            held_wanted=vectors.T @ (self.held_wanted - self.held_gram @ start),
+            power=missing,
+        )
         for candidate in RIDGES[1:]:
-            damped = np.maximum(values, 0.0)[:, None] + candidate * mean
-            weight = start + vectors @ (residual / damped)
-            error = self.error(weight)
+            step = residual / (np.maximum(values, 0.0)[:, None] + candidate * mean)
+            error = self.relative(turned.missing(step))
             if error.sum() < left.sum():
-                best, ridge, left = weight, candidate, error
-        return best, ridge, left
+                best, ridge, left = step, candidate, error
+        return start + vectors @ best, ridge, left
+
+    def relative(self, missing: FloatArray) -> FloatArray:
+        """(n,) share of each output's variance."""
+        return np.where(missing <= _TINY, 0.0, missing / np.maximum(self.power, _TINY))
 
 
 def _sets(mask: BoolArray) -> Iterator[tuple[IntArray, IntArray]]:

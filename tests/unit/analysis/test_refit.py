@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_decompose.analysis.gram import MomentAccumulator
-from onnx_decompose.analysis.refit import degrees_of_freedom, refit_weight
+from onnx_decompose.analysis.refit import RIDGES, degrees_of_freedom, refit_weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,6 +100,31 @@ class TestRidge:
         )
         assert found.ridges[0] >= 1
         assert found.relative_error <= 1.01
+
+    def test_the_ridge_is_the_best_of_all_that_are_solved_one_by_one(
+        self, rng: np.random.Generator
+    ) -> None:
+        start = rng.normal(size=(12, 5))
+        mixing = rng.normal(size=(12, 12))
+        x, held = rng.normal(size=(20, 12)) @ mixing, rng.normal(size=(300, 12)) @ mixing
+        wanted = np.ones((12, 5)) + start
+        y, y_held = (rows @ wanted + 3 * rng.normal(size=(len(rows), 5)) for rows in (x, held))
+        fit, other = moments(x, y), moments(held, y_held)
+        found = refit_weight(start, np.ones_like(start, dtype=bool), fit, other)
+        mean = np.diagonal(fit.xx).mean()
+        solved = {np.inf: start}
+        for ridge in RIDGES[1:]:
+            damped = fit.xx + ridge * mean * np.eye(12)
+            solved[ridge] = start + np.linalg.solve(damped, fit.xy - fit.xx @ start)
+        errors = {
+            ridge: np.var(y_held - held @ found, axis=0) / np.var(y_held, axis=0)
+            for ridge, found in solved.items()
+        }
+        best = min(errors, key=lambda ridge: errors[ridge].sum())
+        assert found.ridges == (best,)
+        assert 1e-6 < best < 1e2
+        np.testing.assert_allclose(found.weight, solved[best], rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(found.error, errors[best], rtol=1e-8)
 
     @pytest.mark.parametrize("compensation", ["mean", "none"])
     def test_weaker_compensations(
