@@ -14,7 +14,7 @@ from onnx_decompose.model.metadata import write_decomposition
 from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.reporting.summarize import Measured
 from onnx_decompose.runtime.cases import is_large, open_model, working_size
-from onnx_decompose.runtime.feeds import index_limits
+from onnx_decompose.runtime.feeds import check_axes, index_limits, other_dims, resized
 from onnx_decompose.timing.bench import Timing, bench_models, slowdown, timing_feeds
 from onnx_decompose.timing.no_harm import (
     MOST_TRIES,
@@ -103,14 +103,18 @@ def time_models(
     rng = np.random.default_rng(options.seed)
     large = is_large(original)
     reference = open_model(original, provider, fast=True, large=large)
+    specs = graph_inputs(original.proto)
     feeds = timing_feeds(
-        graph_inputs(original.proto),
+        specs,
         options.batch,
         rng=rng,
         other=64 if inputs.samples else working_size(original.proto, reference, rng),
         limits=index_limits(original.proto),
         samples=inputs.samples,
     )
+    axes = dict(options.axes)
+    check_axes(specs, axes)
+    feeds = {size: resized(specs, one, axes) for size, one in feeds.items()}
     timing = bench_models(
         reference,
         open_model(rewritten, provider, fast=True, large=large),
@@ -118,7 +122,8 @@ def time_models(
         provider=provider,
         rng=rng,
     )
-    return dataclasses.replace(timing, mapped=large)
+    timed = other_dims(specs, next(iter(feeds.values())))
+    return dataclasses.replace(timing, mapped=large, axes=timed)
 
 
 def _proved(

@@ -58,6 +58,23 @@ class _Batches(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of sizes such as 1,16,256", param, ctx)
 
 
+class _Axis(click.ParamType[tuple[str, int]]):
+    """An axis' name and a size."""
+
+    name = "name=size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
+        if isinstance(value, tuple):
+            return value
+        name, _, size = str(value).rpartition("=")
+        try:
+            return name, int(size if name else "")
+        except ValueError:
+            self.fail(f"{value!r} is not NAME=SIZE, such as time=1", param, ctx)
+
+
 class _OutputBudget(click.ParamType[tuple[str, float]]):
     """An output's name and a bound."""
 
@@ -135,6 +152,17 @@ _BATCH = click.option(
     type=_Batches(),
     default=(1, 16, 256),
     help="Batch sizes to time at; by default 1,16,256.",
+)
+
+_AXES = click.option(
+    "--axis",
+    "axes",
+    type=_Axis(),
+    multiple=True,
+    help=(
+        "NAME=SIZE: size of a dynamic axis but the batch to time at, as time=1 for one token; your inputs are cut "
+        "along it. Repeatable."
+    ),
 )
 
 
@@ -280,6 +308,7 @@ def analyze(
     help="Time the candidates of every region and take the fastest, not the one predicted to be.",
 )
 @_BATCH
+@_AXES
 @click.option("--save-annealed", type=_PATH, help="Also write the dense annealed model.")
 @click.option("--force", is_flag=True, help="Keep a rewritten model that is not faster.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write models.")
@@ -376,6 +405,7 @@ def validate(
 @click.argument("rewritten", type=_PATH)
 @click.option("--inputs", type=_PATH, help="Your inputs: INPUTS.npz or a folder.")
 @_BATCH
+@_AXES
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random inputs."
 )

@@ -77,7 +77,7 @@ def show_claims(
 def show_timing(timing: Timing, console: Console) -> None:
     """Times per batch size."""
     table = Table(
-        title=f"time per run on {timing.provider.value}, interleaved medians",
+        title=f"time per run on {timing.provider.value}{_axes(timing)}, interleaved medians",
         title_justify="left",
     )
     for column in ("batch", "original ms", "rewritten ms", "speed-up", "99 % interval"):
@@ -91,6 +91,11 @@ def show_timing(timing: Timing, console: Console) -> None:
             f"{entry.low:.2f} to {entry.high:.2f}",
         )
     console.print(table)
+
+
+def _axes(timing: Timing) -> str:
+    """At which sizes of other axes than the batch."""
+    return "".join(f", {name} {size}" for name, size in timing.axes.items())
 
 
 def show_cost(cost: CostModel, console: Console) -> None:

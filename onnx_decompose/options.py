@@ -49,6 +49,7 @@ class Options:
         emit: how regions are rewritten; ``auto`` chooses by cost.
         autotune: time the candidates of every region and take the fastest, not the one predicted to be.
         batch: batch sizes at which the rewritten model is timed.
+        axes: sizes of other dynamic axes at which it is timed, as (name, size); those of the user's inputs otherwise.
         seeds: random draws per size when claims are measured.
         seed: of everything random.
         force: keep a rewritten model that is not faster.
@@ -70,6 +71,7 @@ class Options:
     emit: Emit = "auto"
     autotune: bool = False
     batch: tuple[int, ...] = (1, 16, 256)
+    axes: tuple[tuple[str, int], ...] = ()
     seeds: int = 3
     seed: int = 0
     force: bool = False
@@ -96,6 +98,9 @@ class Options:
             raise OptionError(
                 f"batch {self.batch} holds no sizes; give numbers from 1 on, as in 1,16,256"
             )
+        for name, size in self.axes:
+            if size < 1:
+                raise OptionError(f"axis {name!r} cannot be timed at {size}; give 1 or more")
         if self.seed < 0:
             raise OptionError(f"seed {self.seed} is negative; give 0 or more")
         if self.seeds < 1:

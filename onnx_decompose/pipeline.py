@@ -30,6 +30,7 @@ from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.model.validity import blaming
 from onnx_decompose.options import Options, ProviderChoice
 from onnx_decompose.reporting.summarize import Measured, alternatives, report_on
+from onnx_decompose.runtime.feeds import check_axes
 from onnx_decompose.runtime.samples import load_inputs
 from onnx_decompose.runtime.sessions import Provider, resolve_provider
 from onnx_decompose.schedule import anneal_within_budget, attempt_with, measure_annealed
@@ -123,6 +124,7 @@ def rewrite(
 def _rewrite(model: Model, output: Path | None, options: Options) -> Rewrite:
     """As ``rewrite``, of a model that was read."""
     study = study_model(model)
+    check_axes(graph_inputs(model.proto), dict(options.axes))
     if output is not None:
         check_output(output, inputs=model_files(study.source))
     logger.info(
@@ -212,12 +214,13 @@ def validate(  # noqa: PLR0913 (the command's options)
     return dataclasses.replace(validation, reproducer=reproducer)
 
 
-def bench(
+def bench(  # noqa: PLR0913 (the command's options)
     original: Source,
     rewritten: Source,
     *,
     inputs: str | Path | None = None,
     batch: tuple[int, ...] = (1, 16, 256),
+    axes: tuple[tuple[str, int], ...] = (),
     seed: int = 0,
     provider: ProviderChoice = "auto",
 ) -> Timing:
@@ -228,6 +231,7 @@ def bench(
         rewritten: the other one, or its path.
         inputs: real inputs; random ones otherwise.
         batch: batch sizes.
+        axes: sizes of other dynamic axes, as (name, size).
         seed: of the random inputs.
         provider: where to run.
 
@@ -237,7 +241,7 @@ def bench(
     """
     before, after = load_model(original), load_model(rewritten)
     samples = None if inputs is None else load_inputs(Path(inputs), graph_inputs(before.proto))
-    options = Options(batch=batch, seed=seed)
+    options = Options(batch=batch, axes=axes, seed=seed)
     with blaming(before, after):
         return time_models(
             before, after, Inputs(samples, seed=seed), resolve_provider(provider), options

@@ -191,7 +191,8 @@ viewBox="0 0 {{ site.shape[1] }} {{ site.shape[0] }}" preserveAspectRatio="none"
 {% if report.timing is none %}
 <p class="soft">Not measured.</p>
 {% else %}
-<p>{{ "%.2f" | format(report.timing.speedup) }}x over all batch sizes on {{ report.timing.provider.value }},
+<p>{{ "%.2f" | format(report.timing.speedup) }}x over all batch sizes on {{ report.timing.provider.value }}
+{%- for name, size in report.timing.axes.items() %}, {{ name }} {{ size }}{% endfor %},
 interleaved medians in one process.</p>
 <div class="scroll"><table>
 <tr><th class="n">batch</th><th class="n">original ms</th><th class="n">rewritten ms</th><th class="n">speed-up</th>

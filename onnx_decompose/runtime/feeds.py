@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from onnx_decompose.errors import DataError
+from onnx_decompose.errors import DataError, OptionError
 from onnx_decompose.model.tensors import TensorSpec, is_float
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import onnx
     from numpy.typing import NDArray
@@ -21,10 +21,13 @@ __all__ = [
     "Feeds",
     "batch_dims",
     "batch_sizes",
+    "check_axes",
     "dim_symbols",
     "index_limits",
+    "other_dims",
     "poisoned_feeds",
     "random_feeds",
+    "resized",
     "size_settings",
     "special_feeds",
 ]
@@ -143,6 +146,44 @@ def batch_dims(specs: Sequence[TensorSpec]) -> tuple[str, ...]:
         unnamed = [symbol for symbol, axis in own if axis == 0 and symbol in first]
         found.update(dict.fromkeys(named[:1] or unnamed))
     return tuple(found)
+
+
+def other_dims(specs: Sequence[TensorSpec], feeds: Feeds) -> dict[str, int]:
+    """The size that every dynamic axis but the batch has in ``feeds``, by its symbol."""
+    batch = batch_dims(specs)
+    return {
+        symbol: feeds[spec.name].shape[axis]
+        for spec in specs
+        for symbol, axis in _dynamic_axes([spec])
+        if symbol not in batch
+    }
+
+
+def check_axes(specs: Sequence[TensorSpec], names: Iterable[str]) -> None:
+    """Refuse names that are not those of dynamic axes but the batch.
+
+    Raises:
+        OptionError: naming those that there are.
+    """
+    batch = batch_dims(specs)
+    known = [symbol for symbol in dim_symbols(specs) if symbol not in batch]
+    for name in names:
+        if name not in known:
+            told = ", ".join(map(repr, known)) or "none"
+            raise OptionError(
+                f"axis {name!r} cannot be given a size: the model's dynamic axes but the batch are {told}"
+            )
+
+
+def resized(specs: Sequence[TensorSpec], feeds: Feeds, sizes: Mapping[str, int]) -> Feeds:
+    """``feeds`` with dynamic axes of other sizes, by their symbols: cut at the end, or begun again from the start."""
+    result = dict(feeds)
+    for spec in specs:
+        for symbol, axis in _dynamic_axes([spec]):
+            if symbol in sizes:
+                places = np.arange(sizes[symbol]) % result[spec.name].shape[axis]
+                result[spec.name] = result[spec.name].take(places, axis=axis)
+    return result
 
 
 def batch_sizes(

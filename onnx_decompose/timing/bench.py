@@ -111,11 +111,13 @@ class Timing:
         provider: where both ran.
         batches: one entry per batch size, in the order asked.
         mapped: the weights of both stayed in their files, for want of memory.
+        axes: the size of every dynamic axis but the batch, by name.
     """
 
     provider: Provider
     batches: tuple[BatchTiming, ...]
     mapped: bool = False
+    axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def original_ms(self) -> float:
@@ -140,6 +142,7 @@ class Timing:
             "speedup": self.speedup,
             "provider": self.provider.value,
             "mapped": self.mapped,
+            "axes": dict(self.axes),
             "batches": [dataclasses.asdict(entry) for entry in self.batches],
         }
 

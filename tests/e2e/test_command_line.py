@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
+from onnx import numpy_helper
 
 from onnx_decompose.planning.state_graph import Emit
 from tests.e2e.planted import (
@@ -460,6 +462,39 @@ class TestBench:
         data = tmp_path / "inputs.npz"
         np.savez(data, x=rng.normal(size=(4, 18)).astype(np.float32))
         assert command("bench", *pair, "--batch", "2", "--inputs", data).code == 0
+
+    @pytest.fixture
+    def sequences(self, rng: np.random.Generator, tmp_path: Path) -> Path:
+        text = """<ir_version: 8, opset_import: ["" : 17]>
+        steps (float[N, T, 8] x) => (float[N, T, 4] y) { y = MatMul(x, w) }"""
+        model = onnx.parser.parse_model(text)
+        weight = rng.normal(size=(8, 4)).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+        return save(model, tmp_path / "steps.onnx")
+
+    def test_at_a_size_of_another_axis(
+        self, command: Command, sequences: Path, rng: np.random.Generator, tmp_path: Path
+    ) -> None:
+        data, report = tmp_path / "inputs.npz", tmp_path / "report.json"
+        np.savez(data, x=rng.normal(size=(4, 30, 8)).astype(np.float32))
+        options = ("--batch", "2", "--inputs", data, "--report", report)
+        for more, size in (((), 30), (("--axis", "T=1"), 1)):
+            result = command("bench", sequences, sequences, *options, *more)
+            assert result.code == 0, result.err
+            assert f"time per run on cpu, T {size}, " in result.out
+            assert json.loads(report.read_text())["timing"]["axes"] == {"T": size}
+
+    @pytest.mark.parametrize("axis", ["T", "T=", "=1", "T=0", "T=x", "N=1", "time=1"])
+    def test_axes_that_cannot_be_sized(
+        self, command: Command, sequences: Path, tmp_path: Path, axis: str
+    ) -> None:
+        output = tmp_path / "out.onnx"
+        for verb, *rest in (("bench", sequences), ("rewrite", "-o", output)):
+            result = command(verb, sequences, *rest, "--axis", axis)
+            assert result.code == 2
+            assert "axis" in result.err
+            assert result.err.count("\n") == 1
+        assert not output.exists()
 
 
 class TestEverywhere:

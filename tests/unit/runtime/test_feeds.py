@@ -5,13 +5,17 @@ import onnx
 import onnx.parser
 import pytest
 
-from onnx_decompose.errors import DataError
+from onnx_decompose.errors import DataError, OptionError
 from onnx_decompose.model.tensors import BFLOAT16, TensorSpec
 from onnx_decompose.runtime.feeds import (
+    Feeds,
     batch_dims,
+    check_axes,
     dim_symbols,
     index_limits,
+    other_dims,
     random_feeds,
+    resized,
     size_settings,
     special_feeds,
 )
@@ -188,3 +192,28 @@ class TestIndexLimits:
             "g (int64[N] i, float[M, 2] a) => (float[N, 2] y) { y = Gather(a, i) }"
         )
         assert index_limits(model) == {}
+
+
+class TestSizesOfAxes:
+    SPECS = (spec("x", "N", "T"), spec("y", "N", 2, "T"))
+
+    def feeds(self) -> Feeds:
+        return {"x": np.arange(8.0).reshape(2, 4), "y": np.arange(16.0).reshape(2, 2, 4)}
+
+    def test_all_but_the_batch_are_told(self) -> None:
+        assert other_dims(self.SPECS, self.feeds()) == {"T": 4}
+
+    def test_axes_are_cut_or_begun_again(self) -> None:
+        cut = resized(self.SPECS, self.feeds(), {"T": 1})
+        assert cut["x"].tolist() == [[0], [4]]
+        assert cut["y"].shape == (2, 2, 1)
+        longer = resized(self.SPECS, self.feeds(), {"T": 6})
+        assert longer["x"][0].tolist() == [0, 1, 2, 3, 0, 1]
+
+    def test_only_axes_that_are_there(self) -> None:
+        check_axes(self.SPECS, ["T"])
+        for name in ("N", "time"):
+            with pytest.raises(OptionError, match=r"but the batch are 'T'"):
+                check_axes(self.SPECS, [name])
+        with pytest.raises(OptionError, match=r"but the batch are none"):
+            check_axes([spec("x", "N", 3)], ["T"])
