@@ -11,12 +11,8 @@ windows of the calibration and the test text as .npz. What text there is depends
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import hashlib
-import json
 import math
-import sysconfig
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,26 +22,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from models.provenance import environment
-from onnx_decompose.exporter import export
+from models.artifacts import Trained, write
+from models.docstrings import library_docstrings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 __all__ = [
     "CharacterTransformer",
     "Training",
     "docstring_splits",
-    "library_docstrings",
     "windows",
 ]
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 SPLIT_SEED = 0
-SHORTEST = 40
-"""Characters of the shortest document that is used."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,26 +108,6 @@ class CharacterTransformer(nn.Module):
             x = block(x, self.mask[:steps, :steps])
         logits: torch.Tensor = self.output(self.norm(x))
         return logits
-
-
-def library_docstrings() -> Iterator[tuple[str, str]]:
-    """(module, text) of the docstrings of Python's library but its tests, in a fixed order; nothing is imported."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).parts
-        if {"test", "tests", "idle_test", "site-packages", "lib2to3"}.intersection(parts):
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(
-                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            ):
-                text = ast.get_docstring(node) or ""
-                if len(text) >= SHORTEST:
-                    yield "/".join(parts), text
 
 
 def docstring_splits() -> dict[str, NDArray[np.int64]]:
@@ -223,41 +194,32 @@ def _main() -> None:
     began = time.process_time()
     model = train(training, splits["train"])
     seconds = time.process_time() - began
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    output = arguments.folder / "docstring_lm.onnx"
-    export(
-        model,
-        (torch.zeros((2, 7), dtype=torch.int64),),
-        output,
-        input_names=["input_ids"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=128)},),
-    )
     held = {
         split: windows(splits[split], training.time, 512) for split in ("calibration", "test")
     }
-    for split, rows in held.items():
-        np.savez_compressed(
-            output.with_name(f"docstring_lm_{split}.npz"), allow_pickle=False, input_ids=rows
-        )
-    provenance = {
-        "name": "docstring_lm",
+    facts = {
         "data": {
             "characters": {split: len(text) for split, text in splits.items()},
             "windows": {split: len(rows) for split, rows in held.items()},
             "split_seed": SPLIT_SEED,
         },
-        "training": dataclasses.asdict(training),
-        "environment": environment(),
         "nats_per_character": {
             split: round(nats_per_character(model, rows), 4) for split, rows in held.items()
         },
-        "training_cpu_seconds": round(seconds, 1),
-        "sha256": hashlib.sha256(output.read_bytes()).hexdigest(),
     }
-    text = json.dumps(provenance, indent=2)
-    output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    trained = Trained(
+        "docstring_lm",
+        training,
+        model,
+        torch.zeros((2, 7), dtype=torch.int64),
+        "input_ids",
+        "logits",
+        {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=128)},
+        {split: {"input_ids": rows} for split, rows in held.items()},
+        facts,
+        seconds,
+    )
+    print(write(trained, arguments.folder)["nats_per_character"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """``grouped_residual``: one residual network for eight groups of inputs of unequal size, densely trained.
 
-    python -m models.grouped_residual OUTPUT_FOLDER [--steps 1500]
+    python -m models.grouped_residual OUTPUT_FOLDER [--steps 1500] [--width 128] [--hidden 256]
 
 The four classification sets of ``models.data``, scikit-learn's diabetes and its three Friedman functions (generated)
 have their own inputs (64, 30, 13, 4, 10, 10, 4 and 4) and outputs (10, 2, 3, 3 and one each for the regressions). A
@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +27,9 @@ from sklearn import datasets
 from torch import nn
 from torch.nn import functional
 
+from models.artifacts import Trained, write
 from models.data import TASKS, load_task_data
 from models.grouped_residual_metric import OUTPUT_SLOTS, task_scores
-from models.provenance import environment
-from onnx_decompose.exporter import export
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -193,53 +190,49 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=Training().steps)
+    parser.add_argument("--width", type=int, default=Training().width)
+    parser.add_argument("--hidden", type=int, default=Training().hidden)
     arguments = parser.parse_args()
-    training = Training(steps=arguments.steps)
+    training = Training(width=arguments.width, hidden=arguments.hidden, steps=arguments.steps)
     torch.set_num_threads(1)
     splits = grouped_splits()
     began = time.process_time()
     model = train(training, splits["train"])
     seconds = time.process_time() - began
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    output = arguments.folder / "grouped_residual.onnx"
-    export(
-        model,
-        (torch.from_numpy(splits["test"]["input"][:2]),),
-        output,
-        input_names=["input"],
-        output_names=["output"],
-        dynamic_shapes={"input": {0: torch.export.Dim("batch")}},
-    )
+    held: dict[str, Arrays] = {}
     scores = {}
     for split in ("calibration", "test"):
-        arrays = splits[split]
-        file = output.with_name(f"grouped_residual_{split}.npz")
         # Other tasks' targets are no one's: 0 in the file, which holds no NaN.
-        target = np.nan_to_num(arrays["target"])
-        np.savez_compressed(file, allow_pickle=False, **{**arrays, "target": target})
+        target = np.nan_to_num(splits[split]["target"])
+        held[split] = {**splits[split], "target": target}
         with torch.no_grad():
-            made = model(torch.from_numpy(arrays["input"])).numpy()
-        found = task_scores({**arrays, "target": target}, {"output": made})
+            made = model(torch.from_numpy(held[split]["input"])).numpy()
+        found = task_scores(held[split], {"output": made})
         scores[split] = {name: round(value, 4) for name, value in found.items()}
     slots = itertools.pairwise(
         [0, *np.cumsum([s.stop - s.start for s in OUTPUT_SLOTS.values()]).tolist()]
     )
-    provenance = {
-        "name": "grouped_residual",
+    facts = {
         "data": {
             "samples": {name: len(part["task"]) for name, part in splits.items()},
             "outputs": dict(zip(OUTPUT_SLOTS, slots, strict=True)),
             "split_seed": SPLIT_SEED,
         },
-        "training": dataclasses.asdict(training),
-        "environment": environment(),
         "scores": scores,
-        "training_cpu_seconds": round(seconds, 1),
-        "sha256": hashlib.sha256(output.read_bytes()).hexdigest(),
     }
-    text = json.dumps(provenance, indent=2)
-    output.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    trained = Trained(
+        "grouped_residual",
+        training,
+        model,
+        torch.from_numpy(splits["test"]["input"][:2]),
+        "input",
+        "output",
+        {0: torch.export.Dim("batch")},
+        held,
+        facts,
+        seconds,
+    )
+    print(write(trained, arguments.folder)["scores"])
 
 
 if __name__ == "__main__":

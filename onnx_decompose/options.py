@@ -18,7 +18,7 @@ ProviderChoice = Literal["auto", "cpu", "cuda"]
 Annealing = Literal["auto", "tested", "calibrated"]
 """What decides over removal: both of the others, the faster one wins; the null; calibration data."""
 
-ProposalKind = Literal["decay", "support", "removal", "merging"]
+ProposalKind = Literal["decay", "support", "networks", "removal", "inputs", "merging"]
 """What calibrated annealing may propose: see ``calibrated.search.GENERATORS``."""
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 import onnx_decompose
-from models.docstring_lm import library_docstrings
+from models.docstrings import library_docstrings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -18,6 +18,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -58,6 +59,14 @@ class Moments:
         xy = self.xx @ wide
         yy = np.maximum((xy * wide).sum(axis=0), 0.0)
         return Moments(self.count, self.mean_x, self.mean_x @ wide, self.xx, xy, yy)
+
+    def added_up(self, labels: NDArray[np.intp]) -> Moments:
+        """The moments of sums of x with y: of the x with one label, (K,), numbered from 0."""
+        shape = (labels.size, int(labels.max()) + 1)
+        sums = sparse.csr_array((np.ones(labels.size), (np.arange(labels.size), labels)), shape)
+        mean: FloatArray = np.bincount(labels, self.mean_x).astype(np.float64)
+        xx: FloatArray = sums.T @ (sums.T @ self.xx).T
+        return Moments(self.count, mean, self.mean_y, xx, sums.T @ self.xy, self.yy)
 
 
 class MomentAccumulator:

@@ -7,6 +7,9 @@ families            proposals from strict to loose, made when they are looked at
 refitting           samples in three parts, proposals, the refit through the model
 decay_proposals     units whose weights contribute little, in cascade
 support_proposals   groups of inputs that are active together
+group_proposals     a network of its own for every group of inputs, cut from the one that all share
+needed_outputs      which outputs the metric looks at where a group is active
+input_proposals     inputs that hardly matter
 removal_proposals   hidden units that the rest can stand in for
 merge_proposals     outputs that data hardly tells apart, one column for a group
 neighbours          inputs made up around a few given ones, to fit on

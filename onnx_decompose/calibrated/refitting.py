@@ -27,6 +27,7 @@ from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.refit import (
     Compensation,
     Groups,
+    RefitWeight,
     degrees_of_freedom,
     refit_weight,
 )
@@ -44,11 +45,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.pooling import Pools
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
     from onnx_decompose.model.model_io import Model
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.runtime.sessions import Provider
+    from onnx_decompose.verification.metrics import Metric
 
     Masks = Mapping[str, NDArray[np.bool_]]
 
@@ -111,6 +114,10 @@ class Proposal:
         starts: entries to begin with in the place of the original's, (K, N) by site name.
         focus: which rows count for which outputs; None for all alike.
         equal: outputs that get one column, the mean of theirs, by site name; without a focus.
+        remade: what each output is to be made of, (N, N) by site name: of the original's outputs y, biases included,
+            it becomes y M. ``starts`` says so too, and what reads them. Not where outputs are ``equal``.
+        pools: inputs that get one row, the mean of theirs, by the name of a site that alone reads its input and keeps
+            all of it; without a focus.
     """
 
     name: str
@@ -118,10 +125,12 @@ class Proposal:
     starts: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     focus: Focus | None = None
     equal: Mapping[str, Groups] = dataclasses.field(default_factory=dict)
+    remade: Mapping[str, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
+    pools: Mapping[str, Pools] = dataclasses.field(default_factory=dict)
 
     @property
     def digest(self) -> bytes:
-        """The same for another proposal of the same family with the same masks and equal outputs."""
+        """The same for another proposal of the same family with the same masks, equal outputs and pools."""
         found = hashlib.sha256()
         for name, mask in self.masks.items():
             found.update(name.encode())
@@ -131,12 +140,20 @@ class Proposal:
         for name, groups in self.equal.items():
             found.update(name.encode())
             found.update(np.ascontiguousarray(groups.labels).tobytes())
+        for name, pools in self.pools.items():
+            found.update(name.encode())
+            found.update(pools.labels.tobytes())
         return found.digest()
 
     @property
     def keeps_nothing(self) -> bool:
         """Whether no entry may stay."""
         return not any(mask.any() for mask in self.masks.values())
+
+    def wanted(self, site: Site, weight: NDArray[Any]) -> NDArray[np.float64]:
+        """(K, N) what a refit of ``site`` should make of the original's input, given the original's weight."""
+        wide = weight.astype(np.float64)
+        return wide @ self.remade[site.name] if site.name in self.remade else wide
 
     def start(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
         """The entries of ``site`` before any refit, (K, N), given the original's."""
@@ -145,6 +162,9 @@ class Proposal:
             self.starts.get(site.name, weight),
             np.zeros((), weight.dtype),
         )
+        if site.name in self.pools:
+            pools = self.pools[site.name]
+            start = pools.mean(start)[pools.labels].astype(weight.dtype)
         if site.name not in self.equal:
             return start
         groups = self.equal[site.name]
@@ -163,6 +183,7 @@ class CalibrationContext:
         compensation: what makes up for what goes.
         neighbours: whether a few samples to fit on are joined by others made up around them.
         sequential: whether the refit of a site sees what was annealed before it.
+        metric: the user's measure of quality, if there is one.
     """
 
     study: Study
@@ -172,6 +193,7 @@ class CalibrationContext:
     compensation: Compensation = "ridge"
     neighbours: bool = True
     sequential: bool = True
+    metric: Metric | None = None
 
     @property
     def rng(self) -> np.random.Generator:
@@ -336,18 +358,15 @@ class _Stage:
         masks = {site.name: self._mask(site) for site in self.sites}
         new = {name: np.zeros(start.shape) for name, start in starts.items()}
         added = {site.name: self._constants(site) for site in self.sites}
+        shifts = {site.name: self._shift(site) for site in self.sites}
         jobs = list(self._jobs())
         fits, choices = (
             self._moments(jobs, current, samples)
             for samples in (self.context.fitting, self.context.parts.choose)
         )
         for job, fit, choose in zip(jobs, fits, choices, strict=True):
-            found = refit_weight(
-                self._joined(starts, job),
-                self._joined(masks, job),
-                fit,
-                choose,
-                self.context.compensation,
+            found = self._fitted(
+                self._joined(starts, job), self._joined(masks, job), fit, choose
             )
             logger.debug(
                 "%s: %s: left %.2g of the spread, ridges %s",
@@ -364,10 +383,34 @@ class _Stage:
                 start += columns.size
         return {
             site.name: self._refit(
-                site, new[site.name], added[site.name], jobs[0].rows, fits[0]
+                site,
+                new[site.name],
+                added[site.name] + shifts[site.name],
+                jobs[0].rows,
+                fits[0],
             )
             for site in self.sites
         }
+
+    def _fitted(
+        self, start: NDArray[Any], mask: NDArray[np.bool_], fit: Moments, choose: Moments
+    ) -> RefitWeight:
+        """One job's new entries; those of pooled inputs are fitted to what the inputs add up to."""
+        pools = self.proposal.pools.get(self.sites[0].name)
+        if pools is None:
+            return refit_weight(start, mask, fit, choose, self.context.compensation)
+        assert len(self.sites) == 1
+        assert mask.shape[0] == pools.labels.size
+        assert mask.all()
+        mean = pools.mean(start)
+        found = refit_weight(
+            mean,
+            np.ones(mean.shape, dtype=bool),
+            fit.added_up(pools.labels),
+            choose.added_up(pools.labels),
+            self.context.compensation,
+        )
+        return dataclasses.replace(found, weight=found.weight[pools.labels])
 
     def _refit(
         self,
@@ -389,11 +432,21 @@ class _Stage:
 
     def _constants(self, site: Site) -> NDArray[np.float64]:
         """What stands in the place of outputs that keep no input: their means."""
-        weight = self._each(site, self.context.study.weight(site)).astype(np.float64)
+        weight = self._each(site, self.proposal.wanted(site, self.context.study.weight(site)))
         if self.context.compensation == "none":
             return np.zeros(weight.shape[1])
         constants: NDArray[np.float64] = self.context.fitted[self.value].mean_x @ weight
         return constants
+
+    def _shift(self, site: Site) -> NDArray[np.float64] | float:
+        """What a bias differs by where outputs are made of others: b M in the place of b."""
+        study = self.context.study
+        if site.name not in self.proposal.remade:
+            return 0.0
+        bias = find_biases(study.model.proto.graph, [site], study.constants)[site.name]
+        moved = bias.shift @ self.proposal.remade[site.name] - bias.shift
+        shift: NDArray[np.float64] = moved / bias.alpha
+        return shift
 
     def _each(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
         """One column for each output or group of outputs."""
@@ -432,7 +485,7 @@ class _Stage:
         """Of each job: what its inputs are now, and what its outputs should be."""
         study, focus = self.context.study, self.proposal.focus
         wide = {
-            site.name: self._each(site, study.weight(site)).astype(np.float64)
+            site.name: self._each(site, self.proposal.wanted(site, study.weight(site)))
             for site in self.sites
         }
         if focus is None:

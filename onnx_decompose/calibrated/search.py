@@ -23,7 +23,9 @@ from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.evidence import Evidence
 from onnx_decompose.analysis.null import Zero
 from onnx_decompose.calibrated.decay_proposals import decayed_units
+from onnx_decompose.calibrated.group_proposals import group_networks
 from onnx_decompose.calibrated.identity import search_digest
+from onnx_decompose.calibrated.input_proposals import spare_inputs
 from onnx_decompose.calibrated.journal import Journal
 from onnx_decompose.calibrated.merge_proposals import merged_outputs
 from onnx_decompose.calibrated.refitting import (
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from onnx_decompose.planning.cost import CostModel
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.runtime.sessions import Provider
+    from onnx_decompose.verification.metrics import Metric
     from onnx_decompose.verification.verify import Inputs
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ __all__ = ["GENERATORS", "Calibrated", "calibrate_within_budget", "context_for"]
 GENERATORS: Mapping[ProposalKind, Generator] = {
     "decay": decayed_units,
     "support": supported_groups,
+    "networks": group_networks,
+    "inputs": spare_inputs,
     "removal": removed_units,
     "merging": merged_outputs,
 }
@@ -95,7 +100,7 @@ def calibrate_within_budget(
     assert inputs.samples is not None
     if inputs.samples.count < 3:
         return f"calibrated annealing needs more samples than {inputs.samples.count}"
-    context = context_for(study, options, inputs.samples, provider)
+    context = context_for(study, options, inputs.samples, provider, inputs.metric)
     reason = context.too_few() if context.sites else "no site can be refitted"
     if reason is not None:
         return reason
@@ -108,7 +113,11 @@ def calibrate_within_budget(
 
 
 def context_for(
-    study: Study, options: Options, samples: Samples, provider: Provider
+    study: Study,
+    options: Options,
+    samples: Samples,
+    provider: Provider,
+    metric: Metric | None = None,
 ) -> CalibrationContext:
     """The samples split, and what generators may look at."""
     return CalibrationContext(
@@ -117,6 +126,7 @@ def context_for(
         provider,
         options.seed,
         options.compensation,
+        metric=metric,
     )
 
 

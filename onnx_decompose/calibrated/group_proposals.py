@@ -1,0 +1,310 @@
+"""Proposals that give every group of inputs a smaller network of its own, cut from the one that all of them share.
+
+``support_proposals`` deals units out: each to one group. Where all groups pass through the same units, a trunk or a
+residual stream, that breaks every group but one. But a group needs little of them, and its inputs alone are active
+when it is: on its own rows
+
+    a stream, whose values are only ever added up, moves in few directions. A change of basis of all that write it and
+    read it changes nothing, so that a group takes directions instead of units (``analysis.subspaces``; cf. the
+    invariance in SliceGPT, Ashkboos et al. 2024)
+    other units between inputs and outputs are copied: each group keeps those that the rest of them cannot stand in
+    for (``analysis.removal``), whichever other groups keep them too
+
+as long as all groups together find room on the axis. What a group's inputs, copies and directions are made of is the
+start of the refit, and what they should be follows from the original (``Proposal.remade``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_decompose.analysis.gram import MomentAccumulator, Moments
+from onnx_decompose.analysis.removal import Reader, Removal, removal_order
+from onnx_decompose.analysis.subspaces import Subspace, telling_directions
+from onnx_decompose.analysis.support import coactive_groups
+from onnx_decompose.calibrated.families import Family, entries_of
+from onnx_decompose.calibrated.needed_outputs import needed_outputs
+from onnx_decompose.calibrated.refitting import Focus, Proposal
+from onnx_decompose.calibrated.site_statistics import observe
+from onnx_decompose.calibrated.support_proposals import (
+    LEVELS,
+    _member,
+    _spreads,
+    _Survey,
+    _survey,
+    _where_it_varies,
+)
+from onnx_decompose.graph.biases import find_biases
+from onnx_decompose.graph.per_unit import is_elementwise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.graph.regions import Region
+    from onnx_decompose.graph.sites import Site
+
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.intp]
+
+__all__ = ["LOSSES", "group_networks"]
+
+LOSSES = tuple(10.0 ** (-k / 8) for k in range(6, 49))
+"""Shares of a group's own variance that its readers may lose at every axis, from strict to loose."""
+
+_SUMS = frozenset({"Add", "Sub", "Identity"})
+
+
+def group_networks(context: CalibrationContext) -> Iterator[Family]:
+    """One family per region with room for it and level of association; a level of it is a loss."""
+    names = {site.name for site in context.sites}
+    for region in context.study.regions:
+        if not {site.name for site in region.sites} <= names or not region.entries:
+            continue
+        between = _between(context, region)
+        if not between:
+            continue
+        survey = functools.cache(functools.partial(_survey, context, region))
+        for level in LEVELS:
+            groups = functools.cache(
+                functools.partial(_groups, context, survey, between, level)
+            )
+            yield Family(
+                f"networks of {region.name}, level {level:g}",
+                len(LOSSES),
+                functools.partial(_proposal, groups, level),
+                entries_of(region.sites),
+            )
+
+
+def _groups(
+    context: CalibrationContext,
+    survey: Callable[[], _Survey | None],
+    between: Mapping[int, bool],
+    level: float,
+) -> _Groups | None:
+    """The groups at a level of association; None where there are none, or a lower level has the same."""
+    found = survey()
+    if found is None:
+        return None
+    inputs, count = coactive_groups(found.activity, level=level)
+    lower = (
+        coactive_groups(found.activity, level=other)[0] for other in LEVELS if other < level
+    )
+    if count < 2 or any(np.array_equal(inputs, other) for other in lower):
+        return None
+    return _Groups(context, found, inputs, count, between)
+
+
+def _proposal(
+    groups: Callable[[], _Groups | None], level: float, number: int
+) -> Proposal | None:
+    """The proposal of one loss; None where a smaller loss leaves the same units."""
+    found = groups()
+    return (
+        None if found is None else found.proposal(number, f"level {level:g}, " if level else "")
+    )
+
+
+def _between(context: CalibrationContext, region: Region) -> dict[int, bool]:
+    """The axes between entries and exits, and whether each is a stream: values that are only ever added up.
+
+    None at all where one of them has constants of its own units that are no site's bias: a copy would need them too.
+    """
+    graph, constants = context.study.model.proto.graph, context.study.constants
+    places = find_biases(graph, region.sites, constants)
+    biases = {node for bias in places.values() for node in bias.nodes}
+    sites = {site.node for site in region.sites}
+    outer = region.entry_axes | region.exit_axes
+    found = {axis: True for axis in range(len(region.axis_sizes)) if axis not in outer}
+    for index in region.nodes:
+        node = graph.node[index]
+        axis = region.axis_of.get(node.output[0])
+        if index in sites or index in biases or axis not in found:
+            continue
+        others = [name for name in node.input if name and name not in region.axis_of]
+        if not is_elementwise(node) or any(
+            name in constants and constants.array(name).size > 1 for name in others
+        ):
+            return {}
+        if node.op_type not in _SUMS or others:
+            found[axis] = False
+    made = {region.axis_of[site.output] for site in region.sites}
+    read = {region.axis_of[site.input] for site in region.sites}
+    return found if found.keys() <= made & read else {}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What a group has of an axis: new units as sums of the original's, and back.
+
+    Attributes:
+        encode: (size, units) each new unit in terms of the original's.
+        decode: (units, size) what the readers of new units take the original's for.
+    """
+
+    encode: FloatArray
+    decode: FloatArray
+
+
+class _Groups:
+    """Groups of the inputs of one region, and what they need of every axis between inputs and outputs."""
+
+    def __init__(
+        self,
+        context: CalibrationContext,
+        survey: _Survey,
+        inputs: IntArray,
+        count: int,
+        between: Mapping[int, bool],
+    ) -> None:
+        self._context, self._survey, self._count, self._between = (
+            context,
+            survey,
+            count,
+            between,
+        )
+        self._region = region = survey.region
+        self._member = _member(inputs, count)
+        self._weights = {
+            site.name: context.study.weight(site).astype(np.float64) for site in region.sites
+        }
+        spread = _spreads(context, survey, inputs, count)
+        self._outer: dict[int, IntArray] = {}
+        start = 0
+        for name in region.entries:
+            size = region.axis_sizes[region.axis_of[name]]
+            self._outer[region.axis_of[name]] = inputs[start : start + size]
+            start += size
+        for axis in sorted(region.exit_axes - self._outer.keys()):
+            self._outer[axis] = self._outputs(axis, spread[axis])
+        moments = self._own_moments()
+        self._needs = {
+            axis: [self._need(axis, group, own) for group, own in enumerate(moments)]
+            for axis in between
+        }
+
+    def _outputs(self, axis: int, spread: FloatArray) -> IntArray:
+        """The group of each exit: where the metric looks at it, or else where it varies."""
+        labels = _where_it_varies(spread)
+        (name, *others) = (n for n in self._region.exits if self._region.axis_of[n] == axis)
+        needed = (
+            None
+            if others
+            else needed_outputs(self._context, name, self._region.entries, self.shares)
+        )
+        if needed is None:
+            return labels
+        return np.where(needed.any(axis=1), needed.argmax(axis=1), labels)
+
+    def shares(self, values: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """(rows, groups) the weight of each row for each group."""
+        return self._survey.shares(values, self._member)
+
+    def proposal(self, number: int, told: str) -> Proposal:
+        """The proposal of one loss."""
+        loss = LOSSES[number]
+        parts = {axis: self._parts(axis, needs, loss) for axis, needs in self._needs.items()}
+        return self._proposal(parts, f"networks({self._count} groups, {told}loss {loss:.2g})")
+
+    def _own_moments(self) -> list[dict[str, Moments]]:
+        """Per group the moments of every value between, over its own rows."""
+        region = self._region
+        values = [
+            name
+            for name in dict.fromkeys(site.input for site in region.sites)
+            if region.axis_of[name] in self._between
+        ]
+        adding = [{name: MomentAccumulator() for name in values} for _ in range(self._count)]
+        context = self._context
+        asked = list(dict.fromkeys((*region.entries, *values)))
+        for found in observe(
+            context.study.source,
+            asked,
+            context.fitting,
+            context.provider,
+            context.held[context.fitting],
+        ):
+            shares = self.shares(found)
+            for group, own in enumerate(adding):
+                counts = np.flatnonzero(shares[:, group] > 0)
+                for name, accumulator in own.items():
+                    rows = found[name].reshape(-1, found[name].shape[-1])[counts]
+                    accumulator.update(rows, weight=shares[counts, group])
+        return [
+            {name: accumulator.result() for name, accumulator in own.items()} for own in adding
+        ]
+
+    def _need(self, axis: int, group: int, own: Mapping[str, Moments]) -> Subspace | Removal:
+        """What one group needs of one axis, in order, by the moments over its own rows."""
+        readers = [
+            Reader(own[site.input].xx, self._read(site, group))
+            for site in self._region.sites
+            if self._region.axis_of[site.input] == axis
+        ]
+        if self._between[axis]:
+            return telling_directions(
+                [reader.covariance for reader in readers], [reader.weight for reader in readers]
+            )
+        return removal_order(readers)
+
+    def _read(self, site: Site, group: int) -> FloatArray:
+        """(K, N) what a site does with its inputs that matters to a group: all, or its own outputs."""
+        weight, axis = self._weights[site.name], self._region.axis_of[site.output]
+        return weight[:, self._outer[axis] == group] if axis in self._outer else weight
+
+    def _parts(self, axis: int, needs: list[Subspace | Removal], loss: float) -> list[_Part]:
+        """What each group has of an axis: at the loss, or the least loss above at which all find room."""
+        size = self._region.axis_sizes[axis]
+        for level in reversed(LOSSES):
+            parts = [_part(need, level, size) for need in needs]
+            if level >= loss and sum(part.encode.shape[1] for part in parts) <= size:
+                return parts
+        share = size // self._count
+        parts = [_part(need, LOSSES[0], size) for need in needs]
+        return [_Part(part.encode[:, :share], part.decode[:share]) for part in parts]
+
+    def _proposal(self, parts: Mapping[int, list[_Part]], name: str) -> Proposal:
+        region = self._region
+        labels, encode, decode = dict(self._outer), {}, {}
+        for axis, own in parts.items():
+            size = region.axis_sizes[axis]
+            labels[axis] = np.full(size, -1, dtype=np.intp)
+            encode[axis], decode[axis] = np.zeros((size, size)), np.zeros((size, size))
+            start = 0
+            for group, part in enumerate(own):
+                place = slice(start, start + part.encode.shape[1])
+                labels[axis][place] = group
+                encode[axis][:, place], decode[axis][place] = part.encode, part.decode
+                start = place.stop
+        masks: dict[str, NDArray[np.bool_]] = {}
+        starts: dict[str, NDArray[Any]] = {}
+        remade: dict[str, FloatArray] = {}
+        for site in region.sites:
+            source, target = region.axis_of[site.input], region.axis_of[site.output]
+            first, second = labels[source], labels[target]
+            masks[site.name] = (first[:, None] == second) & (first[:, None] >= 0)
+            start_of = self._weights[site.name]
+            if source in decode:
+                start_of = decode[source] @ start_of
+            if target in encode:
+                start_of = start_of @ encode[target]
+                remade[site.name] = encode[target]
+            starts[site.name] = start_of.astype(self._context.study.weight(site).dtype)
+        outputs = {site.name: labels[region.axis_of[site.output]] for site in region.sites}
+        focus = Focus(self._count, region.entries, self.shares, outputs)
+        return Proposal(name, masks, starts, focus, remade=remade)
+
+
+def _part(need: Subspace | Removal, loss: float, size: int) -> _Part:
+    if isinstance(need, Subspace):
+        count = need.within(loss)
+        return _Part(need.encode[:, :count], need.decode[:count])
+    units = np.eye(size)[np.setdiff1d(np.arange(size), need.within(loss))]
+    return _Part(units.T, units)
