@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Removal", "Reader", "removal_order"]
 
-_RIDGE = 1e-6
-"""Of the mean variance of a unit: a covariance of few samples has no inverse."""
+_RIDGE, _RIDGE_OF_FEW = 1e-10, 1e-6
+"""Of the mean variance of a unit. Losses under it cannot be told; a covariance of few rows has no inverse."""
+_ROWS_PER_UNIT = 2.0
+"""Of fewer rows the small eigenvalues of a covariance are far too small: (1 - sqrt(1/2))^2 of what they should be here."""
 _BLOCK = 64
 """Units that go before what is left of the others is written anew."""
 
@@ -40,10 +42,12 @@ class Reader:
     Attributes:
         covariance: (H, H) of what it reads.
         weight: (H, N).
+        rows: that the covariance is of; as many as it takes by default.
     """
 
     covariance: FloatArray
     weight: FloatArray
+    rows: float = float("inf")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +112,9 @@ class _State:
         covariance = reader.covariance
         self.power = float(np.einsum("ij,ij->", reader.weight, covariance @ reader.weight))
         mean = float(np.diagonal(covariance).mean())
-        ridged = covariance + max(_RIDGE * mean, 1e-30) * np.eye(covariance.shape[0])
+        enough = reader.rows >= _ROWS_PER_UNIT * covariance.shape[0]
+        ridge = _RIDGE if enough else _RIDGE_OF_FEW
+        ridged = covariance + max(ridge * mean, 1e-30) * np.eye(covariance.shape[0])
         self._begin(np.array(reader.weight, np.float64), scipy.linalg.inv(ridged))
 
     def _begin(self, weight: FloatArray, inverse: FloatArray) -> None:

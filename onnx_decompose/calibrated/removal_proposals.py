@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HiddenAxis", "hidden_axes", "readers_of", "removed_units", "without_units"]
 
-LEVELS = tuple(10.0 ** (k / 4) for k in range(-16, 0))
-"""Shares of the variance."""
+LEVELS = tuple(10.0 ** (k / 4) for k in range(-56, 0))
+"""Shares of the variance: the root is about the relative error that a layer makes, from 1e-7 on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -85,8 +85,9 @@ def hidden_axes(context: CalibrationContext, region: Region) -> Iterator[HiddenA
 def readers_of(context: CalibrationContext, axis: HiddenAxis) -> list[Reader]:
     """What the sites that read ``axis`` see of it, on the part to fit on."""
     return [
-        Reader(context.fit[site.input].xx, context.study.weight(site).astype(np.float64))
+        Reader(moments.xx, context.study.weight(site).astype(np.float64), moments.count)
         for site in axis.readers
+        for moments in (context.fit[site.input],)
     ]
 
 

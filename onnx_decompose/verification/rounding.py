@@ -21,6 +21,7 @@ bits of its inputs do.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -45,6 +46,8 @@ __all__ = [
     "compare",
     "first_miss",
 ]
+
+logger = logging.getLogger(__name__)
 
 ERROR_FACTOR = 4.0
 """Additions in another order make other errors, of one size. Measured: 2 suffices (``tools/rounding_errors.py``)."""
@@ -163,6 +166,7 @@ def first_miss(
             # Nothing of finite accuracy can tell on which side of two steps a value half way lies.
             allowed = max(allowed, one.steps())
             if error > allowed and _is_luck(one.beside(), size):
+                logger.info("'%s' on %s: suspected, and it was luck", one.output, one.label)
                 continue
         if not error <= allowed:
             scale = one.size or 1.0
