@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from onnx_decompose.claims import Inputs
-from onnx_decompose.equivalence import measure_structural
-from onnx_decompose.model_io import Model, load_model
-from onnx_decompose.sessions import Provider
+from onnx_decompose.model.model_io import Model, load_model
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.claims import Inputs
+from onnx_decompose.verification.equivalence import measure_structural
 
 if TYPE_CHECKING:
-    from onnx_decompose.claims import StructuralClaim
+    from onnx_decompose.verification.claims import StructuralClaim
 
 SHARES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     annealed, rewritten = load_model(options.annealed), load_model(options.rewritten)
     acquitted = _Acquitted()
-    logger = logging.getLogger("onnx_decompose.rounding")
+    logger = logging.getLogger("onnx_decompose.verification.rounding")
     logger.addHandler(acquitted)
     logger.setLevel(logging.INFO)
     claims = [_claim(annealed, rewritten, seed) for seed in range(options.draws)]
@@ -62,12 +62,16 @@ def main() -> None:
     for share in SHARES:
         found = [
             sum(
-                not _claim(annealed, _faulty(rewritten, share, fault, of_largest=largest), fault)
+                not _claim(
+                    annealed, _faulty(rewritten, share, fault, of_largest=largest), fault
+                )
                 for fault in range(options.faults)
             )
             for largest in (False, True)
         ]
-        print(f"| {share:g} | {found[0]} of {options.faults} | {found[1]} of {options.faults} |")
+        print(
+            f"| {share:g} | {found[0]} of {options.faults} | {found[1]} of {options.faults} |"
+        )
 
 
 def _claim(annealed: Model, rewritten: Model, seed: int) -> StructuralClaim:

@@ -30,7 +30,7 @@ __all__ = ["Removal", "Reader", "removal_order"]
 _RIDGE, _RIDGE_OF_FEW = 1e-10, 1e-6
 """Of the mean variance of a unit. Losses under it cannot be told; a covariance of few rows has no inverse."""
 _ROWS_PER_UNIT = 2.0
-"""Of fewer rows the small eigenvalues of a covariance are far too small: (1 - sqrt(1/2))^2 of what they should be here."""
+"""Of fewer rows the small eigenvalues of a covariance are far too small: (1 - sqrt(1/2))^2 of the right ones here."""
 _BLOCK = 64
 """Units that go before what is left of the others is written anew."""
 

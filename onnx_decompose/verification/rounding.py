@@ -89,8 +89,8 @@ class Compared:
         annealed: error of the annealed model; None without a reference.
         rewritten: error of the rewritten model; None without a reference.
         moves: gives how far the annealed model's output moves with the last bits of its inputs.
-        beside: gives the errors of the annealed and of the rewritten model on fresh inputs right beside, up to ``DRAWS``
-            pairs; none without a reference or without an input that can be moved.
+        beside: gives the errors of the annealed and of the rewritten model on fresh inputs right beside, up to
+            ``DRAWS`` pairs; none without a reference or without an input that can be moved.
         steps: gives how far it moves where quantizers round some values to the next step; 0 without any.
     """
 

@@ -74,3 +74,19 @@ def test_nothing_goes_beyond_the_asked_loss() -> None:
     assert removal.lost[-1] <= 0.05
     assert removal.within(0.01).size < removal.order.size < 30
     assert removal.within(0.0).size == 0
+
+
+def test_small_losses_are_told_where_there_are_enough_rows() -> None:
+    """A unit that the others say but for 1e-4 of it: a loss of about 1e-9, far under what few rows can tell."""
+    rng = np.random.default_rng(5)
+    samples = rng.normal(size=(4000, 8))
+    samples[:, 6] = samples[:, 0] - samples[:, 1] + 1e-4 * samples[:, 6]
+    covariance, weight = np.cov(samples.T, bias=True), rng.normal(size=(8, 3))
+    power = np.einsum("ij,ij->", weight, covariance @ weight)
+    told = {}
+    for rows in (4000.0, 10.0):
+        removal = removal_order([Reader(covariance, weight, rows)])
+        kept = np.setdiff1d(np.arange(8), removal.order[:1])
+        told[rows] = removal.lost[0] / (_left(covariance, weight, kept) / power)
+    assert told[4000.0] == pytest.approx(1.0, rel=0.05)
+    assert told[10.0] > 10

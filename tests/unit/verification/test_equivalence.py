@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +11,18 @@ from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.runtime.samples import samples_from_arrays
 from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification import equivalence
 from onnx_decompose.verification.claims import Inputs
 from onnx_decompose.verification.equivalence import measure_structural
+from onnx_decompose.verification.reference import Reference
+from onnx_decompose.verification.rounding import CONVICTING
 from tests.passes.harness import parse
 
 if TYPE_CHECKING:
+    import pytest
     from numpy.typing import NDArray
+
+    from onnx_decompose.runtime.feeds import Feeds
 
 IN_ORDER = "s = Add(a, b) t = Add(s, c) z = Add(t, d)"
 OTHERWISE = "s = Add(a, c) t = Add(s, d) z = Add(t, b)"
@@ -99,7 +106,37 @@ def test_an_error_that_is_large_by_luck_convicts_nobody() -> None:
 def test_a_fault_of_the_same_size_is_convicted() -> None:
     x = nearly_nothing()
     given = Inputs(samples_from_arrays({"x": x}, graph_inputs(a_sum(FORWARDS).proto)))
-    wrong = a_sum(FORWARDS, fault=1.6e-4 / float(x[0, 0]))  # under the last bit of random inputs
+    wrong = a_sum(
+        FORWARDS, fault=1.6e-4 / float(x[0, 0])
+    )  # under the last bit of random inputs
     found = measure_structural(a_sum(FORWARDS), wrong, inputs=given, provider=Provider.CPU)
     assert not found
     assert "batch 1" in found.reason
+
+
+def test_a_slow_reference_still_answers_for_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one run that took too long it is only asked beside, where an output is suspected."""
+    monkeypatch.setattr(equivalence, "_MOST_SECONDS", -1.0)
+    opened = equivalence.open_reference(a_sum(FORWARDS))
+    assert isinstance(opened, Reference)
+    slow = dataclasses.replace(opened, slow=True)
+    monkeypatch.setattr(equivalence, "open_reference", lambda _: slow)
+    wrong = a_sum(FORWARDS, fault=1e-3)
+    runs = 0
+    plain = Reference.run
+
+    def counted(self: Reference, feeds: Feeds) -> Feeds:
+        nonlocal runs
+        runs += 1
+        return plain(self, feeds)
+
+    monkeypatch.setattr(Reference, "run", counted)
+    right = measure_structural(
+        a_sum(FORWARDS), a_sum(FORWARDS), inputs=Inputs(), provider=Provider.CPU
+    )
+    assert right
+    assert runs == 1
+    assert not measure_structural(
+        a_sum(FORWARDS), wrong, inputs=Inputs(), provider=Provider.CPU
+    )
+    assert runs == 1 + 1 + CONVICTING

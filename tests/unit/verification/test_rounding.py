@@ -124,7 +124,7 @@ class TestWithAReference:
         suspected = compared(annealed=1e-7, rewritten=2e-6)
         for _ in range(100):
             rounding = rng.standard_normal((DRAWS, 2)) * 3e-7
-            pairs = np.abs(rounding + [0, 2e-6]).tolist()
+            pairs = np.abs(rounding + np.array([0, 2e-6])).tolist()
             assert not passes(dataclasses.replace(suspected, beside=pairs.copy))
 
     def test_what_cannot_be_measured_acquits_nobody(self) -> None:
