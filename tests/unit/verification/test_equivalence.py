@@ -14,7 +14,7 @@ from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.verification import equivalence
 from onnx_decompose.verification.claims import Inputs
 from onnx_decompose.verification.equivalence import measure_structural
-from onnx_decompose.verification.reference import Reference
+from onnx_decompose.verification.reference import Reference, open_reference
 from onnx_decompose.verification.rounding import CONVICTING
 from tests.passes.harness import parse
 
@@ -117,7 +117,7 @@ def test_a_fault_of_the_same_size_is_convicted() -> None:
 def test_a_slow_reference_still_answers_for_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
     """After one run that took too long it is only asked beside, where an output is suspected."""
     monkeypatch.setattr(equivalence, "_MOST_SECONDS", -1.0)
-    opened = equivalence.open_reference(a_sum(FORWARDS))
+    opened = open_reference(a_sum(FORWARDS))
     assert isinstance(opened, Reference)
     slow = dataclasses.replace(opened, slow=True)
     monkeypatch.setattr(equivalence, "open_reference", lambda _: slow)
