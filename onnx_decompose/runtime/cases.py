@@ -16,12 +16,14 @@ from onnx_decompose.model.external_data import (
     without_weights,
 )
 from onnx_decompose.model.model_io import read_tensor
-from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.model.tensors import graph_inputs, graph_outputs
 from onnx_decompose.runtime.feeds import (
     batch_dims,
     batch_sizes,
     dim_symbols,
+    entries_per_sample,
     index_limits,
+    other_dims,
     poisoned_feeds,
     random_feeds,
     size_settings,
@@ -54,6 +56,8 @@ __all__ = [
 ]
 
 SAMPLES_AT_A_TIME = 256
+_MOST_GIVEN = 1 << 23
+"""Entries of an input, or of what the model makes of it, of the samples that are run at a time, unless one has more."""
 _LARGE = 2**29
 """Bytes of weights, some of them external, above which even timing leaves them mapped: loaded, two models need twice
 that."""
@@ -65,7 +69,8 @@ OTHER_SIZES = ((32, 64), (512, 1024), (8, 16), (1, 2))
 """Sizes of dynamic axes that are not the batch: the first pair that a model accepts is used."""
 
 _MOST_ENTRIES = 1 << 19
-"""Entries of a made-up input; what lies between the layers of a convolutional model can be a hundred times that."""
+"""Entries of a made-up input, or of an output; what lies between the layers of a convolutional model can be a hundred
+times that."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +159,8 @@ def made_up_cases(
         other: sizes of the other dynamic axes, from ``OTHER_SIZES``.
     """
     specs, limits = graph_inputs(proto), index_limits(proto)
-    fitting = batch_sizes(specs, batch, other=max(other), most_entries=_MOST_ENTRIES)
+    outputs = graph_outputs(proto)
+    fitting = batch_sizes(specs, outputs, batch, other=max(other), most_entries=_MOST_ENTRIES)
     settings = size_settings(specs, batch=fitting, other=other)
     for dims in settings:
         sizes = ", ".join(f"{name} {size}" for name, size in dims.items()) or "fixed sizes"
@@ -189,9 +195,13 @@ def working_size(proto: onnx.ModelProto, session: Session, rng: np.random.Genera
     return sizes[0]
 
 
-def sample_cases(samples: Samples) -> Iterator[Case]:
-    """The user's inputs, a batch at a time."""
-    for number, (feeds, extras) in enumerate(samples.batches(SAMPLES_AT_A_TIME)):
+def sample_cases(proto: onnx.ModelProto, samples: Samples) -> Iterator[Case]:
+    """The user's inputs, a batch at a time: of a model that makes much of each, few of them."""
+    specs = graph_inputs(proto)
+    one, _ = next(samples.batches(1))
+    each = entries_per_sample(specs, graph_outputs(proto), other_dims(specs, one))
+    size = min(max(_MOST_GIVEN // each, 1), SAMPLES_AT_A_TIME)
+    for number, (feeds, extras) in enumerate(samples.batches(size)):
         yield Case(f"{samples.source}, batch {number + 1}", feeds, extras, kind="given")
 
 
@@ -211,7 +221,8 @@ def runnable(
     refusal = None
     for other in OTHER_SIZES:
         accepted = 0
-        if _resizable(session) and not session.survives(_shapes_once(cases(other))):
+        trials = _shapes_once(cases(other)) if _resizable(session) else ()
+        if trials and not session.survives(trials):
             refusal = refusal or ModelError(f"onnxruntime itself crashes at sizes {other}")
             continue
         for case in cases(other):

@@ -23,6 +23,7 @@ __all__ = [
     "batch_sizes",
     "check_axes",
     "dim_symbols",
+    "entries_per_sample",
     "index_limits",
     "other_dims",
     "poisoned_feeds",
@@ -187,28 +188,49 @@ def resized(specs: Sequence[TensorSpec], feeds: Feeds, sizes: Mapping[str, int])
 
 
 def batch_sizes(
-    specs: Sequence[TensorSpec], sizes: Sequence[int], *, other: int, most_entries: int
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    sizes: Sequence[int],
+    *,
+    other: int,
+    most_entries: int,
 ) -> tuple[int, ...]:
-    """``sizes`` of the batch, cut so that no input holds more than ``most_entries``, but never under 2.
+    """``sizes`` of the batch, cut so that no input or output holds more than ``most_entries``, but never under 2.
 
     Args:
-        specs: the model's inputs.
+        inputs: the model's.
+        outputs: the same.
         sizes: asked for, ascending.
         other: size of every other dynamic axis.
-        most_entries: of one input.
+        most_entries: of one of them.
     """
-    batches = batch_dims(specs)
+    dims = dict.fromkeys(dim_symbols(inputs), other)
+    most = max(2, most_entries // entries_per_sample(inputs, outputs, dims))
+    return tuple(dict.fromkeys(min(size, most) for size in sizes))
+
+
+def entries_per_sample(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], dims: Mapping[str, int]
+) -> int:
+    """Entries of the largest input or output for one sample, as far as the model states their shapes.
+
+    Args:
+        inputs: the model's.
+        outputs: the same.
+        dims: sizes of dynamic axes but the batch, by symbol; others count once.
+    """
+    batches = batch_dims(inputs)
+    others = {symbol: size for symbol, size in dims.items() if symbol not in batches}
     largest = 1
-    for spec in specs:
+    for spec in (*inputs, *outputs):
         symbols = [spec.axis_symbol(axis) for axis in range(len(spec.shape or ()))]
         if any(symbol in batches for symbol in symbols):
             one = math.prod(
-                dim if isinstance(dim, int) else (1 if symbol in batches else other)
+                dim if isinstance(dim, int) else others.get(symbol or "", 1)
                 for dim, symbol in zip(spec.shape or (), symbols, strict=True)
             )
             largest = max(largest, one)
-    most = max(2, most_entries // largest)
-    return tuple(dict.fromkeys(min(size, most) for size in sizes))
+    return largest
 
 
 def size_settings(

@@ -219,4 +219,10 @@ class Inputs:
         for case in made_up:
             yield dataclasses.replace(case, typical=case.typical and self.samples is None)
         if self.samples is not None:
-            yield from sample_cases(self.samples)
+            yield from sample_cases(model.proto, self.samples)
+
+    def typical_cases(
+        self, model: Model, other: tuple[int, ...] = OTHER_SIZES[0]
+    ) -> Iterator[Case]:
+        """The cases that claim B is measured on: the user's, or the made-up ones that are no extremes."""
+        return (case for case in self.cases(model, other) if case.typical)

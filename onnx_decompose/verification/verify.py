@@ -143,9 +143,8 @@ def measure_annealing(
     candidate = open_model(rewritten, provider, large=large)
     deviations = {spec.name: DeviationAccumulator() for spec in reference.outputs}
     scores: list[tuple[Feeds, Feeds, Feeds]] = []
-    for case, expected in runnable(functools.partial(inputs.cases, original), reference):
-        if not case.typical:
-            continue
+    typical = functools.partial(inputs.typical_cases, original)
+    for case, expected in runnable(typical, reference):
         got = candidate.run(case.feeds)
         for name, accumulator in deviations.items():
             accumulator.update(expected[name], got[name])

@@ -12,16 +12,19 @@ import pytest
 from onnx_decompose.errors import DataError
 from onnx_decompose.model.external_data import set_entry
 from onnx_decompose.model.model_io import Model, load_model
-from onnx_decompose.model.tensors import TensorSpec
+from onnx_decompose.model.tensors import TensorSpec, graph_inputs
 from onnx_decompose.runtime.cases import (
     is_large,
     made_up_cases,
     open_model,
     runnable,
+    sample_cases,
     working_size,
 )
 from onnx_decompose.runtime.feeds import batch_sizes
+from onnx_decompose.runtime.samples import samples_from_arrays
 from onnx_decompose.runtime.sessions import Provider, Session
+from onnx_decompose.verification.claims import Inputs
 
 FLOAT = np.dtype(np.float32)
 STATUS = Path("/proc/self/status")
@@ -111,7 +114,29 @@ def test_batches_are_smaller_where_a_sample_is_large(
     shape: tuple[int | str, ...], expected: tuple[int, ...]
 ) -> None:
     specs = [TensorSpec("x", FLOAT, shape)]
-    assert batch_sizes(specs, (1, 5, 32), other=64, most_entries=1 << 20) == expected
+    small = [TensorSpec("y", FLOAT, ("B", "T"))]
+    for inputs, outputs in ((specs, ()), (small, specs)):  # as an input, and as an output
+        found = batch_sizes(inputs, outputs, (1, 5, 32), other=64, most_entries=1 << 20)
+        assert found == expected
+
+
+def test_samples_of_which_much_is_made_go_a_few_at_a_time() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    scores (int64[B, T] x) => (float[B, T, 32000] y) { y = Unknown(x) }"""
+    proto = onnx.parser.parse_model(text)
+    for length, expected in ((128, [2, 2, 1]), (1, [5])):
+        rows = {"x": np.zeros((5, length), np.int64)}
+        samples = samples_from_arrays(rows, graph_inputs(proto))
+        sizes = [case.feeds["x"].shape[0] for case in sample_cases(proto, samples)]
+        assert sizes == expected
+
+
+def test_claim_b_is_measured_on_the_samples_where_there_are_any() -> None:
+    model, _ = opened("{ y = Abs(x) }")
+    samples = samples_from_arrays({"x": np.ones((3, 4))}, graph_inputs(model.proto))
+    assert {case.kind for case in Inputs(samples).typical_cases(model)} == {"given"}
+    assert {case.kind for case in Inputs().typical_cases(model)} == {"random"}
+    assert {case.kind for case in Inputs(samples).cases(model)} > {"given", "random"}
 
 
 def convolution(folder: Path, size: int, *, external: bool = True) -> Model:
