@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Merging", "coordinates", "group_counts", "merge_levels", "ward_merges"]
 
 _BUCKET = 256
-_SHARES = tuple(2.0 ** (-k / 4) for k in range(1, 5))
+_SHARES = tuple(2.0 ** (-k / 8) for k in range(1, 9))
 """How many groups levels leave of those that buckets were made of."""
 _FEWEST = 1 / 16
 _POWER_STEPS = 6

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import scipy.linalg
+from scipy import sparse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,10 +90,12 @@ class Groups:
     def mean(self, weight: NDArray[np.floating[Any]]) -> FloatArray:
         """(K, groups) the mean column of each group."""
         shares = np.ones(self.labels.size) if self.weights is None else self.weights
-        order = np.argsort(self.labels, kind="stable")
-        starts = np.flatnonzero(np.diff(self.labels[order], prepend=-1))
-        weighed = weight[:, order].astype(np.float64) * shares[order]
-        sums: FloatArray = np.add.reduceat(weighed, starts, axis=1)
+        # Row by row, every output's column goes into its group's: far less than sorting columns.
+        dealt = sparse.csc_array(
+            (shares, self.labels, np.arange(self.labels.size + 1)),
+            shape=(int(self.labels.max()) + 1, self.labels.size),
+        )
+        sums: FloatArray = np.ascontiguousarray((dealt @ weight.T.astype(np.float64)).T)
         return sums / np.bincount(self.labels, shares)
 
     @property
