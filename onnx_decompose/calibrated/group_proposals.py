@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
 
-__all__ = ["LOSSES", "group_networks"]
+__all__ = ["LOSSES", "group_needs", "group_networks"]
 
 LOSSES = tuple(10.0 ** (-k / 8) for k in range(6, 49))
 """Shares of a group's own variance that its readers may lose at every axis, from strict to loose."""
@@ -81,6 +81,19 @@ def group_networks(context: CalibrationContext) -> Iterator[Family]:
                 functools.partial(_proposal, groups, level),
                 entries_of(region.sites),
             )
+
+
+def group_needs(context: CalibrationContext) -> Iterator[tuple[str, list[Subspace]]]:
+    """What each group needs of every stream: its name and size, and per group its directions, for reports."""
+    for region in context.study.regions:
+        between = _between(context, region)
+        survey = functools.partial(_survey, context, region)
+        found = _groups(context, survey, between, LEVELS[0]) if between else None
+        for axis, needs in found.needs.items() if found is not None else ():
+            directions = [need for need in needs if isinstance(need, Subspace)]
+            if directions:
+                name = next(value for value in region.axis_of if region.axis_of[value] == axis)
+                yield f"{name}, {region.axis_sizes[axis]}", directions
 
 
 def _groups(
@@ -185,7 +198,7 @@ class _Groups:
         for axis in sorted(region.exit_axes - self._outer.keys()):
             self._outer[axis] = self._outputs(axis, spread[axis])
         moments = self._own_moments()
-        self._needs = {
+        self.needs = {
             axis: [self._need(axis, group, own) for group, own in enumerate(moments)]
             for axis in between
         }
@@ -210,7 +223,7 @@ class _Groups:
     def proposal(self, number: int, told: str) -> Proposal:
         """The proposal of one loss."""
         loss = LOSSES[number]
-        parts = {axis: self._parts(axis, needs, loss) for axis, needs in self._needs.items()}
+        parts = {axis: self._parts(axis, needs, loss) for axis, needs in self.needs.items()}
         return self._proposal(parts, f"networks({self._count} groups, {told}loss {loss:.2g})")
 
     def _own_moments(self) -> list[dict[str, Moments]]:

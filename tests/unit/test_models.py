@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
+from models.bag_of_words_metric import accuracy as word_accuracy
+from models.bag_of_words_metric import log_likelihood
 from models.data import TASKS, load_multitask_data, load_task_data, multitask_slots
+from models.docstrings import docstrings
 from models.metrics import OUTPUT_SLOTS, accuracy, task_accuracy
 from models.provenance import nonzero_structure
 
@@ -134,3 +137,34 @@ def test_sparse_training_repeats_itself_and_holds_its_zeros() -> None:
     held = [weight == 0 for weight in relaxed if weight.ndim == 2]
     assert all(np.array_equal(a, b) for a, b in zip(zeros, held, strict=True))
     assert any(not np.array_equal(a, b) for a, b in zip(penalized, relaxed, strict=True))
+
+
+def test_labels_are_parts_of_packages_that_have_enough_documents() -> None:
+    words = pytest.importorskip("models.bag_of_words")
+    files = ["torch/nn/a.py"] * 3 + ["torch/fx/b/c.py"] + ["python/ast.py"] * 2
+    assert words.labels_of(files, fewest=2) == ["torch/nn"] * 3 + ["torch"] + ["python"] * 2
+
+
+def test_a_bag_holds_how_often_words_occur() -> None:
+    words = pytest.importorskip("models.bag_of_words")
+    found = words.bags(
+        ["A graph of Nodes, and a graph.", "nothing"], ["graph", "nodes", "edge"]
+    )
+    assert np.allclose(found, np.log1p([[2, 1, 0], [0, 0, 0]]))
+
+
+def test_docstrings_are_read_and_not_imported(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    source = '"""What it is."""\nraise SystemExit\ndef f():\n    """Short."""\n'
+    (tmp_path / "m.py").write_text(source, encoding="utf-8")
+    (tmp_path / "tests" / "t.py").write_text(source, encoding="utf-8")
+    (tmp_path / "broken.py").write_text("def (", encoding="utf-8")
+    assert list(docstrings(tmp_path, shortest=8)) == [("m.py", "What it is.")]
+
+
+def test_scores_of_words_are_those_of_the_label() -> None:
+    logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]])
+    inputs = {"label": np.array([0, 2])}
+    assert word_accuracy(inputs, {"logits": logits}) == 0.5
+    expected = (np.log(0.5) + np.log(0.1)) / 2
+    assert log_likelihood(inputs, {"logits": logits}) == pytest.approx(expected)
