@@ -2,12 +2,13 @@
 
 A network that was trained on several tasks may do anything on the outputs of one task for the inputs of another: no
 loss ever looked at them, and they may vary more there than where they are needed. Data cannot tell that, the metric
-can: what one output is in the rows of one group is dealt out among those rows anew, and the metric changes, or it does
-not. A metric that never looks at the output there gives the very same number.
+can: one output is put above and below all others in the rows of one group, and the metric changes, or it does not. A
+metric that never looks at the output there gives the very same number.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -69,25 +70,21 @@ def needed_outputs(
     share = shares(inputs)
     values = outputs[output]
     units = values.shape[-1]
-    if share.shape[0] != values.size // units or units * share.shape[1] > _MOST_QUESTIONS:
+    if share.shape[0] != values.size // units or 2 * units * share.shape[1] > _MOST_QUESTIONS:
         return None
     group = np.where(share.max(axis=1) > 0, share.argmax(axis=1), -1)
     before = metric.values(inputs, outputs)
     needed = np.zeros((units, share.shape[1]))
-    for number in range(share.shape[1]):
-        rows = np.flatnonzero(group == number)
-        # Every row gets the value of another one.
-        order = context.rng.permutation(rows)
-        dealt = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
-        sources = np.array([dealt[row] for row in rows.tolist()], dtype=np.intp)
-        for unit in range(units):
-            wrong = values.copy()
-            flat = wrong.reshape(-1, units)
-            flat[rows, unit] = values.reshape(-1, units)[sources, unit]
-            after = metric.values(inputs, {**outputs, output: wrong})
-            needed[unit, number] = sum(
-                abs(value - after.get(name, value)) for name, value in before.items()
-            )
+    low, high = values.min(), values.max()
+    for number, unit, far in itertools.product(
+        range(share.shape[1]), range(units), (2 * high - low, 2 * low - high)
+    ):
+        wrong = values.copy()
+        wrong.reshape(-1, units)[group == number, unit] = far
+        after = metric.values(inputs, {**outputs, output: wrong})
+        needed[unit, number] += sum(
+            abs(value - after.get(name, value)) for name, value in before.items()
+        )
     logger.info("the metric looks at %d of %d outputs", int(needed.any(axis=1).sum()), units)
     return needed
 
