@@ -49,6 +49,8 @@ RIDGES = (np.inf, *(10.0**k for k in range(2, -13, -1)))
 """Tried from the strongest on: a weaker one has to be better."""
 
 _TINY = 1e-300
+_EXACT = 1e-12
+"""Of covariances that are sums of thousands of products: what is below is rounding."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -185,13 +187,14 @@ class _Problem:
 
     def solve(self, start: FloatArray) -> tuple[FloatArray, float, FloatArray]:
         """The weight of the best ridge, that ridge, and its error, relative to the outputs' variance."""
-        values, vectors = scipy.linalg.eigh(self.gram)
         mean = float(np.diagonal(self.gram).mean())
-        missing = self.missing(start)
+        missing, slope = self.missing(start), self.wanted - self.gram @ start
         best, ridge, left = np.zeros(start.shape), np.inf, self.relative(missing)
-        if mean <= 0:
+        # Where nothing was removed and nothing changed before it, the start is the best for every ridge.
+        if mean <= 0 or np.abs(slope).max() <= _EXACT * np.abs(self.wanted).max():
             return start, ridge, left
-        residual = vectors.T @ (self.wanted - self.gram @ start)
+        values, vectors = scipy.linalg.eigh(self.gram)
+        residual = vectors.T @ slope
         # Seen from the start and along the eigenvectors, w = start + vectors c: one product for each ridge.
         turned = dataclasses.replace(
             self,

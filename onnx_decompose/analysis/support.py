@@ -18,7 +18,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse, stats
+from scipy import sparse, special, stats
 from scipy.sparse import csgraph
 
 if TYPE_CHECKING:
@@ -62,16 +62,40 @@ class Activity:
         return alone
 
     @functools.cached_property
-    def association(self) -> tuple[FloatArray, FloatArray]:
-        """P-value of the upper tail and phi coefficient of every pair, (K, K) each."""
+    def phi(self) -> FloatArray:
+        """(K, K) phi coefficient of every pair."""
         first, second = self.alone[:, None], self.alone[None, :]
-        pvalue = stats.hypergeom.sf(self.together - 1, self.rows, first, second)
         expected = first * second / self.rows
         scale = np.sqrt(first * second * (1 - first / self.rows) * (1 - second / self.rows))
-        phi = np.divide(
+        found: FloatArray = np.divide(
             self.together - expected, scale, out=np.zeros_like(scale), where=scale > 0
         )
-        return np.asarray(pvalue), np.asarray(phi)
+        return found
+
+    def dependent(self, bound: float) -> BoolArray:
+        """(K, K) pairs whose upper tail has a probability of ``bound`` or less; none with itself.
+
+        The tail P(X >= t) lies between its first term and exp(-n KL(t/n, p)), p the share of rows in which the other
+        one is active (Hoeffding 1963, for draws without replacement): it is summed up only where these two leave it
+        open, as there are millions of pairs of a few thousand inputs.
+
+        Args:
+            bound: well under 1/2, so that no more joint rows than expected are no evidence.
+        """
+        first, second = np.nonzero(np.triu(self.phi > 0, 1))
+        few, many = np.sort([self.alone[first], self.alone[second]], axis=0)
+        joint = self.together[first, second]
+        share, seen = many / self.rows, joint / few
+        least = _log_choose(many, joint) + _log_choose(self.rows - many, few - joint)
+        least -= _log_choose(np.float64(self.rows), few)
+        most = -few * (special.rel_entr(seen, share) + special.rel_entr(1 - seen, 1 - share))
+        found = most <= np.log(bound)
+        (open_,) = np.nonzero(~found & (least <= np.log(bound)))
+        tail = stats.hypergeom.sf(joint[open_] - 1, self.rows, many[open_], few[open_])
+        found[open_] = tail <= bound
+        edges = np.zeros(self.together.shape, dtype=bool)
+        edges[first[found], second[found]] = True
+        return edges | edges.T
 
 
 class ActivityAccumulator:
@@ -96,6 +120,12 @@ class ActivityAccumulator:
     def result(self) -> Activity:
         """What was counted so far."""
         return Activity(self._rows, self._together)
+
+
+def _log_choose(total: FloatArray | np.float64, taken: FloatArray) -> FloatArray:
+    found: FloatArray = special.gammaln(total + 1) - special.gammaln(taken + 1)
+    found -= special.gammaln(total - taken + 1)
+    return found
 
 
 def resting_values(x: NDArray[Any]) -> NDArray[Any]:
@@ -123,11 +153,9 @@ def coactive_groups(
         the group that they are most often active with; those that never are, and those that are never active, are
         ``APART``.
     """
-    pvalue, phi = activity.association
     count = activity.alone.size
     bound = alpha / max(count * (count - 1) / 2, 1)
-    edges = (pvalue <= bound) & (phi >= level)
-    np.fill_diagonal(edges, val=False)
+    edges = activity.dependent(bound) & (activity.phi >= level)
     _, found = csgraph.connected_components(sparse.csr_array(edges), directed=False)
     _join_the_rare(found, activity, bound)
     sizes = np.bincount(found)

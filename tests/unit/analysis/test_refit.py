@@ -147,3 +147,20 @@ def test_degrees_of_freedom_count_the_directions_that_vary() -> None:
         2, abs=0.01
     )
     assert degrees_of_freedom(np.zeros((3, 3)), 1e-3) == 0
+
+
+def test_what_is_right_from_the_start_is_not_touched(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, truth = rng.normal(size=(200, 6)), rng.normal(size=(6, 3))
+    accumulator = MomentAccumulator()
+    accumulator.update(x, x @ truth)
+    moments = accumulator.result()
+
+    def never(_: object) -> None:
+        raise AssertionError("nothing is to be solved")
+
+    monkeypatch.setattr("scipy.linalg.eigh", never)
+    found = refit_weight(truth, np.ones(truth.shape, dtype=bool), moments, moments)
+    np.testing.assert_array_equal(found.weight, truth)
+    assert found.relative_error < 1e-6

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from onnx_decompose.analysis.support import (
     APART,
@@ -61,6 +62,21 @@ class TestGroups:
         active = rng.random((500, 12)) < 0.5
         assert coactive_groups(counted(active))[1] == 0
 
+    @pytest.mark.parametrize("bound", [1e-2, 1e-4, 1e-8])
+    def test_pairs_are_those_whose_tail_is_within_the_bound(
+        self, rng: np.random.Generator, bound: float
+    ) -> None:
+        common = rng.random((300, 1)) < 0.5
+        often = rng.uniform(0.05, 0.95, 60)
+        linked = rng.uniform(0, 0.9, 60)
+        active = (rng.random((300, 60)) < often) | (common & (rng.random((300, 60)) < linked))
+        activity = counted(active)
+        alone, together = activity.alone, activity.together
+        tail = stats.hypergeom.sf(together - 1, 300, alone[:, None], alone[None, :])
+        expected = (tail <= bound) & ~np.eye(60, dtype=bool)
+        assert 0 < expected.sum() < expected.size / 2
+        np.testing.assert_array_equal(activity.dependent(bound), expected)
+
     def test_a_level_cuts_what_is_real_but_slight(self, rng: np.random.Generator) -> None:
         active = planted(rng, 3000)
         linked = rng.random(3000) < 0.35  # a common cause of all groups
@@ -99,7 +115,7 @@ class TestGroups:
 
     def test_phi_is_the_correlation_of_the_indicators(self, rng: np.random.Generator) -> None:
         active = planted(rng, 100, noise=0.2)
-        _, phi = counted(active).association
+        phi = counted(active).phi
         np.testing.assert_allclose(phi, np.corrcoef(active.T), atol=1e-12)
 
 
