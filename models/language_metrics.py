@@ -21,14 +21,14 @@ __all__ = ["compare", "log_likelihood", "log_softmax"]
 
 def log_likelihood(
     inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]
-) -> float:
-    """Mean over all tokens but the first of a text: log probability, in nats, given the tokens before it."""
+) -> FloatArray:
+    """(texts,) mean over all tokens but the first: log probability, in nats, given the tokens before it."""
     tokens, (logits,) = inputs["input_ids"], outputs.values()
     texts = [
-        _of_next(log_softmax(text[:-1]), row[1:])
+        _of_next(log_softmax(text[:-1]), row[1:]).mean()
         for row, text in zip(tokens, logits, strict=True)
     ]
-    return float(np.mean(texts))
+    return np.array(texts)
 
 
 def compare(

@@ -16,13 +16,13 @@ from onnx_decompose.errors import ClaimError, DataError, OptionError
 from onnx_decompose.model.tensors import is_float
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from onnx_decompose.runtime.feeds import Feeds
 
-__all__ = ["TOP1", "Deviation", "DeviationAccumulator", "Metric", "load_metric"]
+__all__ = ["TOP1", "Deviation", "DeviationAccumulator", "Metric", "MetricDrops", "load_metric"]
 
 
 TOP1 = "top1"
@@ -159,6 +159,9 @@ class DeviationAccumulator:
 class Metric:
     """The user's ``metric(inputs, outputs)``: a number, higher is better, or several of them by name.
 
+    In the place of a number, an array with one for every sample stands for their mean: then samples need not be seen
+    all at once.
+
     Attributes:
         name: ``module:function``, for messages.
         function: takes the model inputs and extras by name, and the outputs by name.
@@ -181,6 +184,27 @@ class Metric:
         Raises:
             DataError: the function fails, or gives no finite number.
         """
+        each = self._each(inputs, outputs)
+        return {
+            name: self._number(one.mean() if _per_sample(one, inputs) else one)
+            for name, one in each.items()
+        }
+
+    def per_sample(
+        self, inputs: Feeds, outputs: Feeds
+    ) -> dict[str, NDArray[np.float64]] | None:
+        """One value for every sample, by name; None where the metric says something of all together, or nothing."""
+        try:
+            each = self._each(inputs, outputs)
+        except DataError:  # it may need samples that are not among these
+            return None
+        if not all(_per_sample(one, inputs) for one in each.values()):
+            return None
+        for one in each.values():
+            self._number(one.mean())
+        return {name: one.astype(np.float64) for name, one in each.items()}
+
+    def _each(self, inputs: Feeds, outputs: Feeds) -> dict[str, Any]:
         try:
             value = self.function(inputs, outputs)
         except Exception as error:  # whatever the user's code raises
@@ -190,7 +214,7 @@ class Metric:
                 f"inputs {sorted(inputs)} and outputs {sorted(outputs)}"
             ) from error
         found = value if isinstance(value, Mapping) and value else {"": value}
-        return {str(name): self._number(one) for name, one in found.items()}
+        return {str(name): one for name, one in found.items()}
 
     def _number(self, value: Any) -> float:
         try:
@@ -202,6 +226,100 @@ class Metric:
                 f"metric {self.name}: gave {value!r:.60}; return one finite number, or several by name"
             )
         return number
+
+
+def _per_sample(value: object, inputs: Feeds) -> bool:
+    """Whether ``value`` is an array of numbers, one for every sample."""
+    counts = {array.shape[0] for array in inputs.values() if array.ndim}
+    return (
+        isinstance(value, np.ndarray)
+        and value.ndim == 1
+        and value.dtype.kind in "biuf"
+        and value.size in counts
+    )
+
+
+class MetricDrops:
+    """How much lower a metric is for other outputs than for the original's, batch by batch.
+
+    Of a metric that says something of each sample, that is all that is kept; for any other, inputs and outputs are.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+        self._each: list[tuple[Mapping[str, NDArray[np.float64]], ...]] = []
+        self._whole: list[tuple[Feeds, Feeds, Feeds]] = []
+
+    def update(self, inputs: Feeds, before: Feeds, after: Feeds) -> None:
+        """Add a batch: the samples, and what both models make of them.
+
+        Raises:
+            DataError: the metric says something of each sample of one batch, and not of another.
+        """
+        metric = self._metric
+        first = None if self._whole else metric.per_sample(inputs, before)
+        if first is None and not self._each:
+            self._whole.append((inputs, before, after))
+            return
+        second = metric.per_sample(inputs, after)
+        if first is None or second is None:
+            raise DataError(
+                f"metric {metric.name}: gave one value per sample for some samples only; always do, or never"
+            )
+        self._each.append((first, second))
+
+    @classmethod
+    def joined(cls, metric: Metric, parts: Iterable[MetricDrops]) -> MetricDrops:
+        """All that ``parts`` were given."""
+        found = cls(metric)
+        for part in parts:
+            found._each += part._each  # noqa: SLF001 (another one of the same class)
+            found._whole += part._whole  # noqa: SLF001
+        return found
+
+    def result(self) -> dict[str, float]:
+        """The drop of each of the metric's values, by name.
+
+        Raises:
+            DataError: the metric fails, or gives other names for the second model.
+        """
+        before, after = self._means() if self._each else self._together()
+        if before.keys() != after.keys():
+            raise DataError(
+                f"metric {self._metric.name}: gave {sorted(before)} and then {sorted(after)} on the same inputs; "
+                "give the same names"
+            )
+        return {name: before[name] - after[name] for name in before}
+
+    def _means(self) -> list[dict[str, float]]:
+        found = []
+        for model in range(2):
+            each = [batch[model] for batch in self._each]
+            names = dict.fromkeys(name for one in each for name in one)
+            found.append(
+                {
+                    name: float(
+                        np.concatenate([one[name] for one in each if name in one]).mean()
+                    )
+                    for name in names
+                }
+            )
+        return found
+
+    def _together(self) -> list[dict[str, float]]:
+        inputs, before, after = (_joined([one[k] for one in self._whole]) for k in range(3))
+        return [self._metric.values(inputs, outputs) for outputs in (before, after)]
+
+
+def _joined(parts: Sequence[Feeds]) -> Feeds:
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: np.concatenate([part[name] for part in parts])
+        if parts[0][name].ndim
+        else parts[0][name]
+        for name in parts[0]
+    }
 
 
 def load_metric(name: str) -> Metric:

@@ -13,8 +13,6 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from onnx_decompose.errors import DataError, ModelError, OptionError
 from onnx_decompose.model.metadata import carry_the_same, read_decomposition
 from onnx_decompose.model.tensors import graph_inputs, graph_outputs
@@ -27,16 +25,15 @@ from onnx_decompose.verification.claims import (
     Validation,
 )
 from onnx_decompose.verification.equivalence import measure_structural
-from onnx_decompose.verification.metrics import DeviationAccumulator
+from onnx_decompose.verification.metrics import DeviationAccumulator, MetricDrops
 from onnx_decompose.verification.proof import annealed_model, prove_structure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from onnx_decompose.model.model_io import Model
-    from onnx_decompose.runtime.feeds import Feeds
     from onnx_decompose.runtime.sessions import Provider
-    from onnx_decompose.verification.metrics import Deviation, Metric
+    from onnx_decompose.verification.metrics import Deviation
 
 
 logger = logging.getLogger(__name__)
@@ -142,21 +139,17 @@ def measure_annealing(
     reference = open_model(original, provider, large=large)
     candidate = open_model(rewritten, provider, large=large)
     deviations = {spec.name: DeviationAccumulator() for spec in reference.outputs}
-    scores: list[tuple[Feeds, Feeds, Feeds]] = []
+    drops = None if inputs.metric is None else MetricDrops(inputs.metric)
     typical = functools.partial(inputs.typical_cases, original)
     for case, expected in runnable(typical, reference):
         got = candidate.run(case.feeds)
         for name, accumulator in deviations.items():
             accumulator.update(expected[name], got[name])
-        if inputs.metric is not None:
-            scores.append(({**case.feeds, **case.extras}, expected, got))
+        if drops is not None:
+            drops.update({**case.feeds, **case.extras}, expected, got)
     outputs = {name: accumulator.result() for name, accumulator in deviations.items()}
-    if inputs.metric is not None:
-        error, measure, rounding = (
-            _metric_drop(inputs.metric, scores),
-            "drop of the metric",
-            0.0,
-        )
+    if drops is not None:
+        error, measure, rounding = max(drops.result().values()), "drop of the metric", 0.0
     elif inputs.agreement:
         error, measure, rounding = _disagreement(outputs), "share of other top-1 answers", 0.0
     else:
@@ -206,33 +199,6 @@ def _disagreement(outputs: Mapping[str, Deviation]) -> float:
             "metric top1: no output has rows of two or more numbers; name a metric of your own"
         )
     return 1.0 - min(found)
-
-
-def _metric_drop(metric: Metric, scores: list[tuple[Feeds, Feeds, Feeds]]) -> float:
-    """How much lower the metric is for the second set of outputs, the one that drops most of several.
-
-    Metrics see all samples at once.
-    """
-    inputs = _joined([inputs for inputs, _, _ in scores])
-    before = metric.values(inputs, _joined([outputs for _, outputs, _ in scores]))
-    after = metric.values(inputs, _joined([outputs for _, _, outputs in scores]))
-    if before.keys() != after.keys():
-        raise DataError(
-            f"metric {metric.name}: gave {sorted(before)} and then {sorted(after)} on the same inputs; "
-            "give the same names"
-        )
-    return max(before[name] - after[name] for name in before)
-
-
-def _joined(parts: list[Feeds]) -> Feeds:
-    if len(parts) == 1:
-        return parts[0]
-    return {
-        name: np.concatenate([part[name] for part in parts])
-        if parts[0][name].ndim
-        else parts[0][name]
-        for name in parts[0]
-    }
 
 
 def _check_interface(original: Model, rewritten: Model) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnx_decompose.verification.metrics import (
     Deviation,
     DeviationAccumulator,
     Metric,
+    MetricDrops,
     load_metric,
 )
 
@@ -201,3 +203,67 @@ def test_a_metric_of_several_numbers_has_names() -> None:
 def test_several_numbers_must_be_numbers(value: object) -> None:
     with pytest.raises(DataError, match="one finite number, or several by name"):
         Metric("m:f", lambda _inputs, _outputs: value).values({}, {})
+
+
+class TestOneValuePerSample:
+    """An array with a value for every sample is their mean, and batches are enough to tell it."""
+
+    METRIC = Metric("m:f", lambda inputs, outputs: -np.abs(inputs["x"] - outputs["y"]))
+    ROWS = np.arange(5.0)
+
+    def drops(self, *batches: slice, metric: Metric = METRIC) -> dict[str, float]:
+        parts = []
+        for batch in batches:
+            part = MetricDrops(metric)
+            x = self.ROWS[batch]
+            part.update({"x": x}, {"y": x}, {"y": x + x**2})
+            parts.append(part)
+        return MetricDrops.joined(metric, parts).result()
+
+    def test_its_mean_is_the_metric(self) -> None:
+        assert self.METRIC({"x": np.array([1.0, 2.0])}, {"y": np.zeros(2)}) == -1.5
+
+    def test_in_any_batches(self) -> None:
+        expected = {"": (self.ROWS**2).mean()}
+        for batches in ([slice(None)], [slice(0, 3), slice(3, 5)], [slice(0, 4), slice(4, 5)]):
+            assert self.drops(*batches) == pytest.approx(expected)
+
+    def test_outputs_are_not_kept(self) -> None:
+        drops = MetricDrops(self.METRIC)
+        outputs = np.ones(3)
+        drops.update({"x": np.ones(3)}, {"y": outputs}, {"y": outputs})
+        assert sys.getrefcount(outputs) == 2
+
+    def test_any_other_sees_all_samples_at_once(self) -> None:
+        worst = Metric("m:f", lambda inputs, outputs: -(inputs["x"] - outputs["y"]).max())
+
+        def all_five(inputs: Any, outputs: Any) -> float:
+            assert len(inputs["x"]) == 5
+            return float(worst(inputs, outputs))
+
+        batches = slice(0, 3), slice(3, 5)
+        assert self.drops(*batches, metric=worst) == {"": 0.0}
+        assert self.drops(*batches, metric=Metric("m:f", all_five)) == {"": 0.0}
+
+    def test_several_by_name(self) -> None:
+        metric = Metric("m:f", lambda i, o: {"a": i["x"], "b": 3 * i["x"] - o["y"]})
+        assert self.drops(slice(0, 2), slice(2, 5), metric=metric) == {"a": 0.0, "b": 6.0}
+
+    @pytest.mark.parametrize(
+        "value", [np.ones(4), np.full(5, np.nan), np.ones((5, 1)), [1.0] * 5]
+    )
+    def test_other_arrays_are_no_values(self, value: object) -> None:
+        with pytest.raises(DataError, match="return one finite number"):
+            self.drops(slice(None), metric=Metric("m:f", lambda *_: value))
+
+    def test_sometimes_is_refused(self) -> None:
+        def sometimes(inputs: Any, _: Any) -> object:
+            return inputs["x"] if inputs["x"][0] == 0 else 1.0
+
+        drops = MetricDrops(Metric("m:f", sometimes))
+        for x in (np.zeros(2), np.ones(2)):
+            if x[0]:
+                with pytest.raises(DataError, match="always do, or never"):
+                    drops.update({"x": x}, {}, {})
+            else:
+                drops.update({"x": x}, {}, {})
