@@ -496,6 +496,17 @@ def _check_size(model: Model, tensor: onnx.TensorProto) -> None:
         )
     if tensor.data_type == onnx.TensorProto.STRING or not tensor.HasField("raw_data"):
         return
+    if uses_external_data(tensor):  # what is stored here as well does not count
+        return
+    if _declared_bytes(model, tensor) != len(tensor.raw_data):
+        raise ModelError(
+            f"{model.label}: tensor '{tensor.name}' declares shape {list(tensor.dims)} but holds "
+            f"{len(tensor.raw_data)} bytes; export the model again"
+        )
+
+
+def _declared_bytes(model: Model, tensor: onnx.TensorProto) -> int:
+    """What the values of the declared shape and type take."""
     try:
         itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     except KeyError as error:
@@ -503,15 +514,8 @@ def _check_size(model: Model, tensor: onnx.TensorProto) -> None:
             f"{model.label}: tensor '{tensor.name}' has the unknown type {tensor.data_type}; "
             "a newer onnx package may know it"
         ) from error
-    count = 1
-    for size in tensor.dims:
-        count *= size
     in_a_byte = _PACKED.get(onnx.TensorProto.DataType.Name(tensor.data_type), 1)
-    if -(-count * itemsize // in_a_byte) != len(tensor.raw_data):
-        raise ModelError(
-            f"{model.label}: tensor '{tensor.name}' declares shape {list(tensor.dims)} but holds "
-            f"{len(tensor.raw_data)} bytes; export the model again"
-        )
+    return -(-math.prod(tensor.dims) * itemsize // in_a_byte)
 
 
 def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
@@ -544,10 +548,16 @@ def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:
             f"{where} is stored in '{info.location}', which is missing; put it beside the model"
         )
     offset, length = extent(tensor)
-    end = offset + (length or 0)
+    declared = _declared_bytes(model, tensor)
+    end = offset + (declared if length is None else length)
     if offset < 0 or (length or 0) < 0 or path.stat().st_size < end:
         raise ModelError(
             f"{where} ends at byte {end} of '{info.location}', past its end; copy the file again"
+        )
+    if length is not None and length != declared:
+        raise ModelError(
+            f"{where} declares shape {list(tensor.dims)} but is stored in {length} bytes of '{info.location}'; "
+            "export the model again"
         )
     return path
 

@@ -9,7 +9,7 @@ import onnx
 from onnx.external_data_helper import uses_external_data
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,12 @@ Dim = int | str | None
 """A size, a symbolic name, or unknown."""
 
 _SMALL = 1024  # bytes: shape arithmetic reads constants of a few entries, never a weight
+
+_LISTS = frozenset({"Add", "Cast", "Concat", "Gather", "Mul", "Slice", "Sub", "Unsqueeze"})
+"""Operators whose results inference lists entry by entry where they have one axis, whatever their type."""
+
+_MOST_LISTED = 1 << 21
+"""Entries of all such lists together; each takes inference some 70 bytes."""
 
 
 def infer_shapes(proto: onnx.ModelProto) -> Mapping[str, tuple[Dim, ...]]:
@@ -53,10 +59,15 @@ def known_values(graph: onnx.GraphProto) -> Mapping[str, onnx.ValueInfoProto]:
 def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A skeleton of the model that says of its values, those of its subgraphs included, all that can be inferred.
 
-    Its weights are only declared, so they are neither copied nor read.
+    Its weights are only declared, so they are neither copied nor read. Values are followed into shapes unless that
+    would take a lot of memory.
     """
     declared = skeleton(proto)
     try:
+        known = onnx.shape_inference.infer_shapes(declared)
+        if _listed(known) > _MOST_LISTED:
+            logger.info("values of many entries on one axis: shapes are inferred without values")
+            return known
         return onnx.shape_inference.infer_shapes(declared, data_prop=True)
     except (
         onnx.shape_inference.InferenceError,
@@ -101,6 +112,44 @@ def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
             )
     _forget_negative_sizes(graph)
     return declared
+
+
+def _listed(known: onnx.ModelProto) -> int:
+    """About how many entries inference would list in all: as long as what is read, and what is joined as long as all."""
+    functions = {(f.domain, f.name, f.overload): f for f in known.functions}
+
+    def count(nodes: Iterable[onnx.NodeProto], lengths: dict[str, int]) -> int:
+        total = 0
+        for node in nodes:
+            read = [lengths.get(name, 0) for name in node.input]
+            called = functions.get((node.domain, node.op_type, node.overload))
+            if called is not None:
+                inside = dict(zip(called.input, read, strict=False))
+                total += count(called.node, inside)
+                read = [inside.get(name, 0) for name in called.output]
+            elif node.op_type in _LISTS:
+                made = sum(read) if node.op_type == "Concat" else max(read, default=0)
+                total += sum(read) + made
+                read = [made]
+            else:
+                read = []
+            for name, length in zip(node.output, read, strict=False):
+                lengths[name] = max(length, lengths.get(name, 0))
+            for attribute in node.attribute:
+                for inner in (attribute.g, *attribute.graphs):
+                    total += count(inner.node, lengths | _lengths(inner))
+            if total > _MOST_LISTED:
+                break
+        return total
+
+    return count(known.graph.node, _lengths(known.graph))
+
+
+def _lengths(graph: onnx.GraphProto) -> dict[str, int]:
+    """The sizes of the values of one axis, as far as they are known."""
+    shapes = {name: value.type.tensor_type.shape for name, value in known_values(graph).items()}
+    sizes = {name: shape.dim[0].dim_value for name, shape in shapes.items() if len(shape.dim) == 1}
+    return sizes | {t.name: t.dims[0] for t in graph.initializer if len(t.dims) == 1}
 
 
 def _forget_negative_sizes(graph: onnx.GraphProto) -> None:

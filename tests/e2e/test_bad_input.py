@@ -440,6 +440,23 @@ class TestExternalData:
         self.point(external, key, value)
         self.refuse(border, external, "down.weight")
 
+    def test_a_shape_past_the_end(self, border: Border, external: Path) -> None:
+        """Without a length, the shape says how much is read; 2**62 + 1 numbers are 4 bytes in 64 bits."""
+        model = onnx.load(external, load_external_data=False)
+        weight = initializer(model, "down.weight")
+        weight.dims[:] = [(1 << 62) + 1]
+        kept = [entry for entry in weight.external_data if entry.key != "length"]
+        del weight.external_data[:]
+        weight.external_data.extend(kept)
+        external.write_bytes(model.SerializeToString())
+        self.refuse(border, external, "down.weight", "past its end")
+
+    def test_another_shape_than_is_stored(self, border: Border, external: Path) -> None:
+        model = onnx.load(external, load_external_data=False)
+        initializer(model, "down.weight").dims[0] += 1
+        external.write_bytes(model.SerializeToString())
+        self.refuse(border, external, "down.weight", "declares shape")
+
 
 class TestOutputs:
     def test_in_a_missing_folder(self, border: Border, good: Path, tmp_path: Path) -> None:
