@@ -36,8 +36,14 @@ import numpy as np
 from onnx_decompose.options import Options
 from onnx_decompose.planning.state_graph import Emit
 from onnx_decompose.reporting.report import write_json
-from tests.e2e.random_models import NOISE, Recipe, random_model
-from tests.e2e.whole_rewrite import EXACT, Outcome, check_rewrite, rewrite_once
+from tests.e2e.random_models import NOISE, Recipe, quantize_some, random_model
+from tests.e2e.whole_rewrite import (
+    EXACT,
+    Outcome,
+    check_outside,
+    check_rewrite,
+    rewrite_once,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,12 +64,16 @@ class Case:
         emit: the emission asked for.
         options: zero null, or one that takes entries away.
         free: kernels and copies cost nothing, so that everything is rewritten.
+        integers: about half of the weights of products are stored as integers of 8 bits.
+        outside: the same model with all tensors in a file beside it is rewritten, too.
     """
 
     recipe: Recipe
     emit: Emit
     options: Options
     free: bool
+    integers: bool
+    outside: bool
 
     @classmethod
     def drawn(cls, number: int) -> Case:
@@ -71,12 +81,24 @@ class Case:
         rng = np.random.default_rng([number, 7])
         emits: tuple[Emit, ...] = get_args(Emit)
         emit = emits[int(rng.integers(len(emits)))]
-        free = bool(rng.random() < 0.9)
+        free, integers, outside = (bool(rng.random() < share) for share in (0.9, 0.1, 0.1))
+        options, recipe = EXACT, Recipe.drawn(number)
         if rng.random() < 0.5:
-            return cls(Recipe.drawn(number), emit, EXACT, free)
-        criterion = str(rng.choice(_CRITERIA))
-        options = Options(null=f"normal:{NOISE}", criterion=criterion, provider="cpu")
-        return cls(Recipe.drawn(number, NOISE), emit, options, free)
+            criterion = str(rng.choice(_CRITERIA))
+            options = Options(null=f"normal:{NOISE}", criterion=criterion, provider="cpu")
+            recipe = dataclasses.replace(recipe, noise=NOISE)
+        if integers:  # one scale per line came with operator set 13
+            recipe = dataclasses.replace(
+                recipe, opset=max(recipe.opset, 13), dtype="float32", inside=""
+            )
+        return cls(recipe, emit, options, free, integers, outside)
+
+    def model(self) -> onnx.ModelProto:
+        """The model itself."""
+        made = random_model(self.recipe)
+        if self.integers:
+            quantize_some(made, np.random.default_rng([self.recipe.seed, 7]))
+        return made
 
 
 def check(number: int) -> dict[str, Any]:
@@ -87,8 +109,10 @@ def check(number: int) -> dict[str, Any]:
     """
     case = Case.drawn(number)
     try:
-        model = random_model(case.recipe)
+        model = case.model()
         outcome = check_rewrite(model, case.emit, case.options, free=case.free)
+        if case.outside:
+            check_outside(model, case.emit, case.options, outcome, free=case.free)
     except Exception as error:  # whatever it is: the count goes on
         told = " ".join(str(error).split())[:400]
         trace = traceback.format_exc()
@@ -100,14 +124,15 @@ def check(number: int) -> dict[str, Any]:
 def digest_again(number: int) -> dict[str, Any]:
     """The digest of the case's result alone."""
     case = Case.drawn(number)
-    outcome = rewrite_once(random_model(case.recipe), case.emit, case.options, free=case.free)
+    outcome = rewrite_once(case.model(), case.emit, case.options, free=case.free)
     return {"digest": _digest(outcome)}
 
 
 def _told(case: Case) -> dict[str, Any]:
     told = dataclasses.asdict(case.recipe)
     null = "zero" if case.options is EXACT else case.options.criterion
-    return {"recipe": told, "emit": case.emit, "null": null, "free": case.free}
+    stored = [name for name in ("integers", "outside") if getattr(case, name)]
+    return {"recipe": told, "emit": case.emit, "null": null, "free": case.free, "stored": stored}
 
 
 def _digest(outcome: Outcome) -> str:
@@ -217,6 +242,8 @@ class Tally:
         self.operators.update(set(result["ops"]))
         recipe = result["recipe"]
         self.kinds.update((recipe["dtype"], f"opset {recipe['opset']}", result["null"]))
+        self.kinds.update(result["stored"])
+        self.kinds.update([f"in a {recipe['inside']}"] if recipe["inside"] else [])
 
     def to_json(self) -> dict[str, Any]:
         """The counts, and every failure."""

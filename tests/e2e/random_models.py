@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
@@ -29,6 +30,7 @@ _STEPS = (
     *("affine", "affine", "residual", "residual", "gate", "branch", "scalar", "broadcast"),
     *("tap", "softmax", "normalization", "mean", "reshape", "flip", "repeat", "shape"),
     *("recurrent", "recurrent", "positions", "capture", "half"),
+    *("convolution", "convolution", "integers"),
 )
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "Relu": {},
@@ -44,8 +46,10 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "Exp": {},
     "Cos": {},
 }
-_PLACES = (*("",) * 7, "function", "branch", "loop")
+_PLACES = (*("",) * 8, "function", "branch", "loop", "scan")
+_NARROW = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _TYPES = {
+    "float16": onnx.TensorProto.FLOAT16,
     "float32": onnx.TensorProto.FLOAT,
     "float64": onnx.TensorProto.DOUBLE,
 }
@@ -64,7 +68,8 @@ class Recipe:
         dtype: of all floats.
         noise: where blocks have no entries: 0, or the deviation of normal numbers.
         embedded: token numbers come in, and are looked up.
-        inside: what all nodes are in: nothing but the main graph, a "function", or the body of a "branch" or a "loop".
+        inside: what all nodes are in: nothing but the main graph, a "function", or the body of a "branch", a "loop" or
+            a "scan".
     """
 
     seed: int
@@ -79,7 +84,7 @@ class Recipe:
 
     @classmethod
     def drawn(cls, seed: int, noise: float = 0.0) -> Recipe:
-        """Any recipe but those of halves: onnxruntime 1.32 crashes while it loads some such models."""
+        """Any recipe."""
         rng = np.random.default_rng(seed)
         return cls(
             seed,
@@ -87,7 +92,7 @@ class Recipe:
             groups=int(rng.choice([1, 2, 2, 3, 3])),
             rank=int(rng.choice([2, 2, 3, 3, 4])),
             opset=int(rng.choice([7, 9, 11, 13, 15, 17, 17, 18, 21])),
-            dtype=str(rng.choice(["float32"] * 4 + ["float64"])),
+            dtype=str(rng.choice(["float32"] * 6 + ["float64", "float16"])),
             noise=noise,
             embedded=bool(rng.random() < 0.15),
             inside=str(rng.choice(_PLACES)),
@@ -245,6 +250,26 @@ class _Builder:
         del graph.node[:]
         graph.node.append(node)
 
+    def _into_scan(self, model: onnx.ModelProto) -> None:
+        """All nodes in the body of a Scan over two inputs at once; every value gets an axis for these."""
+        graph = model.graph
+        (given,) = graph.input
+        inner = onnx.ValueInfoProto()
+        inner.CopyFrom(given)
+        inner.name = "body_x"
+        names = {name: f"body_{name}" for node in graph.node for name in node.output}
+        nodes = [_renamed(node, {**names, "x": "body_x"}) for node in graph.node]
+        made = [_renamed(value, names) for value in graph.output]
+        body = helper.make_graph(nodes, "body", [inner], made)
+        outputs = [value.name for value in graph.output]
+        node = helper.make_node("Scan", ["x"], outputs, "scan", body=body, num_scan_inputs=1)
+        for value in (given, *graph.output):
+            tensor = value.type.tensor_type
+            sizes = [2, *(d.dim_value or d.dim_param for d in tensor.shape.dim)]
+            value.CopyFrom(helper.make_tensor_value_info(value.name, tensor.elem_type, sizes))
+        del graph.node[:]
+        graph.node.append(node)
+
     def _chance(self, share: float) -> bool:
         return bool(self._rng.random() < share)
 
@@ -277,13 +302,17 @@ class _Builder:
         """A constant in one of its forms."""
         values = np.asarray(array, dtype or self._dtype)
         name = f"{what}{len(self._tensors) + len(self._nodes)}"
-        form = self._rng.choice(["stored", "stored", "stored", "node", "passed", "cast"])
+        form = self._rng.choice(["stored", "stored", "stored", "node", "passed", "cast", "narrow"])
         if form == "node" and (values.dtype.kind == "f" or self._recipe.opset >= 9):
             tensor = numpy_helper.from_array(values, name)
             return self._helper("Constant", [], value=tensor)
         if form == "cast" and values.dtype == np.float32:
             exact = values.astype(np.float64)
             self._tensors.append(numpy_helper.from_array(exact, name))
+            return self._helper("Cast", [name], to=self._type)
+        if form == "narrow" and values.dtype == np.float32:
+            kind = "bfloat16" if self._recipe.opset >= 13 and self._chance(0.5) else "float16"
+            self._tensors.append(numpy_helper.from_array(values.astype(_NARROW[kind]), name))
             return self._helper("Cast", [name], to=self._type)
         self._tensors.append(numpy_helper.from_array(values, name))
         return self._helper("Identity", [name]) if form == "passed" else name
@@ -397,6 +426,9 @@ class _Builder:
                 shape = shapes[self._rng.integers(len(shapes))]
                 inputs.append(self._constant("b", self._rng.standard_normal(shape)))
             factors = {"alpha": 0.5, "beta": 2.0} if self._chance(0.3) else {}
+            if self._chance(0.2):
+                inputs[0] = self._helper("Transpose", [value.name], perm=[1, 0])
+                factors["transA"] = 1
             return self._add("Gemm", inputs, like, transB=flipped, **factors)
         made = self._add(
             "MatMul", [value.name, self._stored_weight(value.labels, labels)], like
@@ -562,6 +594,53 @@ class _Builder:
         name = self._constant("places", places, dtype=np.int64)
         like = Value("", value.lead, value.labels[places])
         return self._add("Gather", [value.name, name], like, axis=len(value.lead))
+
+    def _convolution(self, value: Value) -> Value:
+        """One or two convolutions over the axes between the first and the units, which they see as channels."""
+        axes = len(value.lead) - 1
+        if not axes or self._dtype == np.float64:  # onnxruntime has none in doubles
+            return value
+        order = [0, axes + 1, *range(1, axes + 1)]
+        channels = self._helper("Transpose", [value.name], perm=order)
+        labels = value.labels
+        for _ in range(int(self._rng.integers(1, 3))):
+            rows, labels = labels, self._labels()
+            size = int(self._rng.choice([1, 1, 3]))
+            edges = np.stack([self._weight(rows, labels) for _ in range(size**axes)], axis=-1)
+            kernel = edges.transpose(1, 0, 2).reshape(labels.size, rows.size, *(size,) * axes)
+            inputs = [channels, self._constant("k", kernel / size**axes)]
+            if self._chance(0.6):
+                inputs.append(self._constant("b", self._rng.standard_normal(labels.size)))
+            attributes: dict[str, Any] = {"kernel_shape": [size] * axes} if self._chance(0.5) else {}
+            if size > 1:
+                attributes |= (
+                    {"pads": [1] * 2 * axes} if self._chance(0.6) else {"auto_pad": "SAME_UPPER"}
+                )
+            channels = self._helper("Conv", inputs, **attributes)
+            if self._chance(0.5):
+                channels = self._helper(str(self._rng.choice(["Relu", "Tanh"])), [channels])
+        back = [0, *range(2, axes + 2), 1]
+        like = Value("", value.lead, labels)
+        return self._add("Transpose", [channels], like, perm=back)
+
+    def _integers(self, value: Value) -> Value:
+        """A product of integers: the input is quantized as it comes, the result is scaled."""
+        if self._dtype != np.float32 or self._recipe.opset < 11:
+            return value
+        labels = self._labels()
+        weight = self._weight(value.labels, labels)
+        scale = max(float(np.abs(weight).max()), 0.1) / 127
+        zero = int(self._rng.choice([0, 0, 5]))
+        stored = np.clip(np.rint(weight / scale) + zero, -128, 127).astype(np.int8)
+        number = len(self._nodes)
+        parts = [f"iq{number}", f"is{number}", f"iz{number}"]
+        self._nodes.append(helper.make_node("DynamicQuantizeLinear", [value.name], parts, ""))
+        zeros = self._stored("zero", np.int8(zero))
+        inputs = [parts[0], self._stored("q", stored), parts[2], zeros]
+        whole = self._helper("MatMulInteger", inputs)
+        floats = self._helper("Cast", [whole], to=onnx.TensorProto.FLOAT)
+        factor = self._helper("Mul", [parts[1], self._stored("scale", np.float32(scale))])
+        return self._add("Mul", [floats, factor], Value("", value.lead, labels))
 
     def _recurrent(self, value: Value) -> Value:
         """A recurrent operator over the first axis, with its groups in cascade."""
