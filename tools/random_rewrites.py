@@ -132,7 +132,13 @@ def _told(case: Case) -> dict[str, Any]:
     told = dataclasses.asdict(case.recipe)
     null = "zero" if case.options is EXACT else case.options.criterion
     stored = [name for name in ("integers", "outside") if getattr(case, name)]
-    return {"recipe": told, "emit": case.emit, "null": null, "free": case.free, "stored": stored}
+    return {
+        "recipe": told,
+        "emit": case.emit,
+        "null": null,
+        "free": case.free,
+        "stored": stored,
+    }
 
 
 def _digest(outcome: Outcome) -> str:

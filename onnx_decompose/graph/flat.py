@@ -44,7 +44,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CLOSED_DOMAIN", "RESERVED_KEY", "Flat", "Opened", "flat_name", "flatten", "marker"]
+__all__ = [
+    "CLOSED_DOMAIN",
+    "RESERVED_KEY",
+    "Flat",
+    "Opened",
+    "flat_name",
+    "flatten",
+    "give_attributes",
+    "marker",
+]
 
 CLOSED_DOMAIN = "onnx_decompose.closed"
 """Domain of the node that stands for an opened If, Loop or Scan."""
@@ -461,7 +470,7 @@ class _Flattener:
         given |= {attribute.name: attribute for attribute in call.attribute}
         graph = onnx.GraphProto(node=function.node)
         for node in graph.node:
-            _give_attributes(node, given)
+            give_attributes(node, given)
         begin, end = _marks(len(self._opened))
         self._nodes.append(begin)
         self._opened.append(Opened(call, None, scope.label, {}, {}))
@@ -481,7 +490,7 @@ def _domain(name: str) -> str:
     return "" if name == "ai.onnx" else name
 
 
-def _give_attributes(node: onnx.NodeProto, given: Mapping[str, onnx.AttributeProto]) -> None:
+def give_attributes(node: onnx.NodeProto, given: Mapping[str, onnx.AttributeProto]) -> None:
     """Put a call's attributes in the places of a function's node that refer to them."""
     attributes: list[onnx.AttributeProto] = []
     for attribute in node.attribute:
@@ -496,4 +505,4 @@ def _give_attributes(node: onnx.NodeProto, given: Mapping[str, onnx.AttributePro
     node.attribute.extend(attributes)
     for _, graph in subgraphs(node):
         for inner in graph.node:
-            _give_attributes(inner, given)
+            give_attributes(inner, given)

@@ -66,7 +66,9 @@ def inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
         known = onnx.shape_inference.infer_shapes(declared)
         if _listed(known) > _MOST_LISTED:
-            logger.info("values of many entries on one axis: shapes are inferred without values")
+            logger.info(
+                "values of many entries on one axis: shapes are inferred without values"
+            )
             return known
         return onnx.shape_inference.infer_shapes(declared, data_prop=True)
     except (
@@ -115,7 +117,7 @@ def skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _listed(known: onnx.ModelProto) -> int:
-    """About how many entries inference would list in all: as long as what is read, and what is joined as long as all."""
+    """About how many entries inference would list: of each list its length, of joined ones that of all."""
     functions = {(f.domain, f.name, f.overload): f for f in known.functions}
 
     def count(nodes: Iterable[onnx.NodeProto], lengths: dict[str, int]) -> int:
@@ -148,7 +150,9 @@ def _listed(known: onnx.ModelProto) -> int:
 def _lengths(graph: onnx.GraphProto) -> dict[str, int]:
     """The sizes of the values of one axis, as far as they are known."""
     shapes = {name: value.type.tensor_type.shape for name, value in known_values(graph).items()}
-    sizes = {name: shape.dim[0].dim_value for name, shape in shapes.items() if len(shape.dim) == 1}
+    sizes = {
+        name: shape.dim[0].dim_value for name, shape in shapes.items() if len(shape.dim) == 1
+    }
     return sizes | {t.name: t.dims[0] for t in graph.initializer if len(t.dims) == 1}
 
 

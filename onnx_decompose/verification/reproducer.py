@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.errors import ModelError, OutputError
+from onnx_decompose.errors import DataError, ModelError, OutputError
 from onnx_decompose.graph.sites import find_sites
 from onnx_decompose.model.constants import Constants
 from onnx_decompose.model.metadata import read_decomposition
@@ -20,6 +20,7 @@ from onnx_decompose.verification.cut import cut, reads, varying, with_outputs
 from onnx_decompose.verification.proof import annealed_model, prove_structure
 from onnx_decompose.verification.reference import Reference, open_reference
 from onnx_decompose.verification.rounding import Compared, compare, first_miss
+from onnx_decompose.verification.unrolled import unrolled
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -63,7 +64,7 @@ class Reproducer:
         before: the part of the annealed model, or of the original where the stored weights are at fault.
         after: the part of the rewritten model.
         inputs: what to run both on.
-        deviation: largest difference between their outputs.
+        deviation: largest difference between their outputs; None where the rewritten part does not run.
         is_annealed: whether ``before`` is of the annealed model.
     """
 
@@ -73,7 +74,7 @@ class Reproducer:
     before: onnx.ModelProto
     after: onnx.ModelProto
     inputs: Feeds
-    deviation: float
+    deviation: float | None
     is_annealed: bool
 
 
@@ -97,14 +98,41 @@ def reproduce(
     try:
         fault, weights, biases, *_ = prove_structure(original, rewritten, decomposition)
         if fault is not None:
-            return _of_weights(original, rewritten, fault, provider)
-        annealed = annealed_model(original, decomposition, weights, biases)
-        if claim.failed_case is None:
+            first, case = original, _any_case(original, provider)
+        elif claim.failed_case is None:
             return None
-        return _of_outputs(annealed, rewritten, claim, claim.failed_case, provider)
-    except ModelError as error:
+        else:
+            first = annealed_model(original, decomposition, weights, biases)
+            case = claim.failed_case
+    except (ModelError, DataError) as error:
         logger.info("no reproducer: %s", error)
         return None
+    for models in _versions(first, rewritten, case, provider):
+        try:
+            if fault is not None:
+                found = _of_weights(models, fault, case, provider)
+            else:
+                found = _of_outputs(models, claim, case, provider)
+        except ModelError as error:
+            logger.info("no part that shows it: %s", error)
+            continue
+        if found is not None:
+            return found
+    return None if fault is not None else _whole((first, rewritten), claim, case, provider)
+
+
+def _versions(
+    first: Model, rewritten: Model, case: Case, provider: Provider
+) -> Iterator[tuple[Model, Model]]:
+    """Both models with nothing inside their nodes, where there was something; then as they are."""
+    try:
+        inside = [unrolled(model, case.feeds, provider) for model in (first, rewritten)]
+    except ModelError as error:
+        logger.info("not looked into: %s", error)
+    else:
+        if inside[0] is not first or inside[1] is not rewritten:
+            yield inside[0], inside[1]
+    yield first, rewritten
 
 
 def write_reproducer(found: Reproducer, folder: Path) -> None:
@@ -130,12 +158,15 @@ def write_reproducer(found: Reproducer, folder: Path) -> None:
 def _readme(found: Reproducer, before: str) -> str:
     sites = ", ".join(f"`{site}`" for site in found.sites) or "none"
     kind = "annealed" if found.is_annealed else "original"
+    differ = "The second does not run"
+    if found.deviation is not None:
+        differ = f"Largest difference here: {found.deviation:.3g}"
     return f"""# Where claim A fails
 
 {found.fault}
 
 `{before}` and `rewritten.onnx` make the value `{found.value}` as the {kind} and the rewritten model do, out of values
-on which these still agree (`inputs.npz`). Sites in between: {sites}. Largest difference here: {found.deviation:.3g}.
+on which these still agree (`inputs.npz`). Sites in between: {sites}. {differ}.
 
 Run both from this folder:
 
@@ -145,10 +176,10 @@ Run both from this folder:
 
 
 def _of_outputs(
-    annealed: Model, rewritten: Model, claim: StructuralClaim, case: Case, provider: Provider
+    models: tuple[Model, Model], claim: StructuralClaim, case: Case, provider: Provider
 ) -> Reproducer | None:
     agree: set[str] = set(case.feeds)
-    for values in _side_by_side(annealed, rewritten, case, provider):
+    for values in _side_by_side(*models, case, provider):
         for name, (first, second, exact) in values.items():
             one = Compared(
                 name,
@@ -161,31 +192,59 @@ def _of_outputs(
             if first_miss([one], None) is None:
                 agree.add(name)
             elif not _same_in_another_order(first, second):
-                return _cut_both(
-                    (annealed, rewritten), agree, name, claim.reason, case, provider
-                )
+                return _cut_both(models, agree, name, claim.reason, case, provider)
     return None
 
 
 def _of_weights(
-    original: Model, rewritten: Model, fault: str, provider: Provider
+    models: tuple[Model, Model], fault: str, case: Case, provider: Provider
 ) -> Reproducer | None:
     """The smallest part with the site, or the tensor, that the fault names; no run can tell which weight is wrong."""
     named = re.findall(r"'([^']+)'", fault)
-    upstream = set(_common(original, rewritten))
-    values = (first_value(original, upstream, name) for name in named)
+    upstream = set(_common(*models))
+    values = (first_value(models[0], upstream, name) for name in named)
     found = next(filter(None, values), None)
     if found is None:
         return None
+    return _cut_both(models, {*case.feeds, *upstream}, found, fault, case, provider, False)
+
+
+def _any_case(original: Model, provider: Provider) -> Case:
     rng = np.random.default_rng(0)
-    session = open_model(original, provider)
     case, _ = next(
         runnable(
-            lambda other: made_up_cases(original.proto, seeds=1, rng=rng, other=other), session
+            lambda other: made_up_cases(original.proto, seeds=1, rng=rng, other=other),
+            open_model(original, provider),
         )
     )
-    models = (original, rewritten)
-    return _cut_both(models, {*case.feeds, *upstream}, found, fault, case, provider, False)
+    return case
+
+
+def _whole(
+    models: tuple[Model, Model], claim: StructuralClaim, case: Case, provider: Provider
+) -> Reproducer:
+    """All that makes the output that the claim names, where no smaller part shows it or the rewritten model stops."""
+    outputs = [value.name for value in models[0].proto.graph.output]
+    named = [name for name in re.findall(r"'([^']+)'", claim.reason) if name in outputs]
+    value = (named or outputs)[0]
+    parts, feeds, sites = part_of_both(models, set(), value, case, provider)
+    try:
+        deviation = _deviation(parts, feeds, value, provider)
+    except ModelError as error:
+        logger.info("the rewritten part does not run: %s", error)
+        deviation = None
+    return Reproducer(value, sites, claim.reason, parts[0], parts[1], feeds, deviation, True)
+
+
+def _deviation(
+    parts: Sequence[onnx.ModelProto], feeds: Feeds, value: str, provider: Provider
+) -> float:
+    """The largest difference between two parts; each is given what it reads, perhaps nothing."""
+    first, second = (
+        open_model(Model(part), provider).run({v.name: feeds[v.name] for v in part.graph.input})
+        for part in parts
+    )
+    return compare(first[value], second[value], None)[1]
 
 
 def first_value(original: Model, common: Collection[str], named: str) -> str | None:
@@ -214,14 +273,7 @@ def _cut_both(  # noqa: PLR0913, PLR0917 (what a reproducer is made of)
     made = None
     for frontier in (agree, set[str]()):
         parts, feeds, sites = part_of_both(models, frontier, value, case, provider)
-        # A part without inputs is run on none; both are given all that either reads.
-        outputs = [
-            open_model(Model(part), provider).run(
-                {v.name: feeds[v.name] for v in part.graph.input}
-            )[value]
-            for part in parts
-        ]
-        deviation = compare(outputs[0], outputs[1], None)[1]
+        deviation = _deviation(parts, feeds, value, provider)
         made = Reproducer(
             value, sites, fault, parts[0], parts[1], feeds, deviation, is_annealed
         )

@@ -302,7 +302,9 @@ class _Builder:
         """A constant in one of its forms."""
         values = np.asarray(array, dtype or self._dtype)
         name = f"{what}{len(self._tensors) + len(self._nodes)}"
-        form = self._rng.choice(["stored", "stored", "stored", "node", "passed", "cast", "narrow"])
+        form = self._rng.choice(
+            ["stored", "stored", "stored", "node", "passed", "cast", "narrow"]
+        )
         if form == "node" and (values.dtype.kind == "f" or self._recipe.opset >= 9):
             tensor = numpy_helper.from_array(values, name)
             return self._helper("Constant", [], value=tensor)
@@ -611,10 +613,14 @@ class _Builder:
             inputs = [channels, self._constant("k", kernel / size**axes)]
             if self._chance(0.6):
                 inputs.append(self._constant("b", self._rng.standard_normal(labels.size)))
-            attributes: dict[str, Any] = {"kernel_shape": [size] * axes} if self._chance(0.5) else {}
+            attributes: dict[str, Any] = (
+                {"kernel_shape": [size] * axes} if self._chance(0.5) else {}
+            )
             if size > 1:
                 attributes |= (
-                    {"pads": [1] * 2 * axes} if self._chance(0.6) else {"auto_pad": "SAME_UPPER"}
+                    {"pads": [1] * 2 * axes}
+                    if self._chance(0.6)
+                    else {"auto_pad": "SAME_UPPER"}
                 )
             channels = self._helper("Conv", inputs, **attributes)
             if self._chance(0.5):

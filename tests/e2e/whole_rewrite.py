@@ -18,6 +18,7 @@ from onnx_decompose.decomposition.renumbering import choose_numbering
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.metadata import write_decomposition
 from onnx_decompose.model.model_io import Model, load_model, save_model
+from onnx_decompose.model.renames import subgraphs
 from onnx_decompose.options import Options
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.planning.cost import CPU
@@ -125,7 +126,7 @@ def check_outside(
         output.parent.mkdir()
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
         onnx.save_model(
-            copy, source, save_as_external_data=True, location="in.data", size_threshold=0
+            copy, source, save_as_external_data=True, location="in.data", size_threshold=48
         )
         before = {path.name: path.read_bytes() for path in source.parent.glob("in.*")}
         made = rewrite_once(source, emit, options, free=free).model
@@ -140,8 +141,11 @@ def check_outside(
 def _without_places(proto: onnx.ModelProto) -> bytes:
     """The bytes of a model that do not hang on where its tensors were."""
     copy = onnx.ModelProto.FromString(proto.SerializeToString())
-    for tensor in copy.graph.initializer:
-        tensor.ClearField("data_location")
+    graphs = [copy.graph]
+    for graph in graphs:  # grows as it goes
+        for tensor in graph.initializer:
+            tensor.ClearField("data_location")
+        graphs += [body for node in graph.node for _, body in subgraphs(node)]
     return copy.SerializeToString(deterministic=True)
 
 

@@ -90,14 +90,18 @@ def doubles_a_list() -> onnx.ModelProto:
 
 
 def doubles_a_list_in_functions() -> onnx.ModelProto:
-    model = parse("g (float[B, 4] x, float[8] c) => (float[n] y) { y = own.f9(c) }", '"": 17, "own": 1')
+    model = parse(
+        "g (float[B, 4] x, float[8] c) => (float[n] y) { y = own.f9(c) }", '"": 17, "own": 1'
+    )
     opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("own", 1)]
     for number in range(10):
         inner = onnx.helper.make_node(f"f{number - 1}", ["x"], ["h"], domain="own")
         first = onnx.helper.make_node("Concat", ["x"] * 8, ["h"], axis=0)
         last = onnx.helper.make_node("Concat", ["h"] * 8, ["y"], axis=0)
         nodes = [inner if number else first, last]
-        model.functions.append(onnx.helper.make_function("own", f"f{number}", ["x"], ["y"], nodes, opsets))
+        model.functions.append(
+            onnx.helper.make_function("own", f"f{number}", ["x"], ["y"], nodes, opsets)
+        )
     return model
 
 
