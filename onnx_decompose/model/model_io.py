@@ -515,7 +515,8 @@ def _declared_bytes(model: Model, tensor: onnx.TensorProto) -> int:
             "a newer onnx package may know it"
         ) from error
     in_a_byte = _PACKED.get(onnx.TensorProto.DataType.Name(tensor.data_type), 1)
-    return -(-math.prod(tensor.dims) * itemsize // in_a_byte)
+    found: int = -(-math.prod(tensor.dims) * itemsize // in_a_byte)
+    return found
 
 
 def _external_path(model: Model, tensor: onnx.TensorProto) -> Path:

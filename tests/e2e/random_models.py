@@ -407,7 +407,7 @@ class _Builder:
         ]
         return self._helper("DequantizeLinear", inputs, axis=1)
 
-    def _stored(self, what: str, values: Array) -> str:
+    def _stored(self, what: str, values: Any) -> str:
         name = f"{what}{len(self._tensors) + len(self._nodes)}"
         self._tensors.append(numpy_helper.from_array(np.asarray(values), name))
         return name
