@@ -123,7 +123,7 @@ def check_outside(proto: onnx.ModelProto, emit: Emit, options: Options, *, free:
         output.parent.mkdir()
         copy = onnx.ModelProto.FromString(proto.SerializeToString())
         onnx.save_model(
-            copy, source, save_as_external_data=True, location="in.data", size_threshold=48
+            copy, source, save_as_external_data=True, location="in.data", size_threshold=100
         )
         before = {path.name: path.read_bytes() for path in source.parent.glob("in.*")}
         made = rewrite_once(source, emit, options, free=free).model
