@@ -43,7 +43,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Made", "make", "time_models"]
+__all__ = ["Made", "NotEquivalentError", "make", "time_models"]
+
+
+class NotEquivalentError(StructuralError):
+    """Claim A failed; with what shows where.
+
+    Attributes:
+        rewritten: the model that was not accepted.
+        claim: how it failed.
+    """
+
+    def __init__(self, message: str, rewritten: Model, claim: StructuralClaim) -> None:
+        super().__init__(message)
+        self.rewritten = rewritten
+        self.claim = claim
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -207,9 +221,8 @@ def _prove(
     logger.info("checking claim A: rewritten against annealed")
     claim = structural_claim(original, rewritten, inputs=inputs, provider=provider)
     if not claim:
-        raise StructuralError(
-            f"{original.label}: claim A does not hold: {claim.reason}; nothing was written"
-        )
+        reason = f"{original.label}: claim A does not hold: {claim.reason}; nothing was written"
+        raise NotEquivalentError(reason, rewritten, claim)
     return claim
 
 

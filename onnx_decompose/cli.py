@@ -330,7 +330,9 @@ def rewrite(
     if output is None and not dry_run:
         raise OptionError("rewrite: give -o OUT.onnx, or --dry-run to write nothing")
     _check_outputs([output, save_annealed, report, html, options["resume"]], [model])
-    result = run(model, None if dry_run else output, Options(**options))
+    result = run(
+        model, None if dry_run else output, Options(**options), reproducer=_reproducer(report)
+    )
     if save_annealed is not None and not dry_run:
         save_model(result.annealed, save_annealed, data_from=load_model(model))
     show_report(result.report, console)
@@ -386,9 +388,13 @@ def validate(
 
     _check_outputs([report], [original, rewritten])
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    folder = None if report is None else report.with_suffix(".reproducer")
     validation = run(
-        original, rewritten, seeds=samples, tolerance=tolerance, reproducer=folder, **options
+        original,
+        rewritten,
+        seeds=samples,
+        tolerance=tolerance,
+        reproducer=_reproducer(report),
+        **options,
     )
     if validation.structural is None:
         console.print("claim A: not checked, the model carries no onnx-decompose metadata")
@@ -527,6 +533,11 @@ def _check_outputs(outputs: list[Path | None], inputs: list[Path]) -> None:
             raise OptionError(
                 f"{path}: is asked for by two options; give each output its own path"
             )
+
+
+def _reproducer(report: Path | None) -> Path | None:
+    """Where to leave what shows that claim A fails: beside the report, if one was asked for."""
+    return None if report is None else report.with_suffix(".reproducer")
 
 
 def _write_reports(report: Any, as_json: Path | None, as_html: Path | None) -> None:

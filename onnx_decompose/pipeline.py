@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from onnx_decompose.acceptance import make, time_models
+from onnx_decompose.acceptance import NotEquivalentError, make, time_models
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.decomposition.decompose import Attempt, annealed_model
 from onnx_decompose.decomposition.gather import gather_all
-from onnx_decompose.errors import OptionError
+from onnx_decompose.errors import OptionError, StructuralError
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.metadata import rewritten_before
 from onnx_decompose.model.model_io import (
@@ -102,7 +102,11 @@ def analyze(source: Source, options: Options | None = None) -> Report:
 
 
 def rewrite(
-    source: Source, output: str | Path | None = None, options: Options | None = None
+    source: Source,
+    output: str | Path | None = None,
+    options: Options | None = None,
+    *,
+    reproducer: Path | None = None,
 ) -> Rewrite:
     """Find the substructures of a model and write it as smaller parallel operators, verified.
 
@@ -110,18 +114,22 @@ def rewrite(
         source: a model, or its path.
         output: where to write the result; nothing is written without it.
         options: evidence, budget, data, provider.
+        reproducer: folder to write, where claim A fails: the smallest parts of both models that show it, and inputs.
 
     Raises:
-        ClaimError: a claim does not hold; nothing is written.
+        ClaimError: a claim does not hold; nothing else is written.
         InputError: the model, the data or an option cannot be used.
         ProviderError: the asked provider cannot run here.
     """
     model = load_model(source)
     with blaming(model):
-        return _rewrite(model, None if output is None else Path(output), options or Options())
+        where = None if output is None else Path(output)
+        return _rewrite(model, where, options or Options(), reproducer)
 
 
-def _rewrite(model: Model, output: Path | None, options: Options) -> Rewrite:
+def _rewrite(
+    model: Model, output: Path | None, options: Options, reproducer: Path | None
+) -> Rewrite:
     """As ``rewrite``, of a model that was read."""
     study = study_model(model)
     check_axes(graph_inputs(model.proto), dict(options.axes))
@@ -141,7 +149,11 @@ def _rewrite(model: Model, output: Path | None, options: Options) -> Rewrite:
     if refusal is not None or not tried.takes_apart:
         return _unchanged(tried, output, options, Measured(), refusal)
     with staging(study.source, output) as stage:
-        made, harm = make(tried, inputs, provider, options, stage)
+        try:
+            made, harm = make(tried, inputs, provider, options, stage)
+        except NotEquivalentError as failed:
+            shown = _shown(failed, study.source, provider, reproducer)
+            raise StructuralError(f"{failed}; {shown}") from failed
         if harm is not None:
             refusal = f"the rewritten model is {harm}; the original was kept"
             return _unchanged(made.tried, output, options, made.measured, refusal)
@@ -150,6 +162,19 @@ def _rewrite(model: Model, output: Path | None, options: Options) -> Rewrite:
             proto = stage.save(made.model, study.source)
     report = report_on(made.tried, options, made.measured)
     return Rewrite(proto, annealed_model(made.tried).proto, report)
+
+
+def _shown(
+    failed: NotEquivalentError, original: Model, provider: Provider, folder: Path | None
+) -> str:
+    """Write what shows a broken claim A, and say where; or how to have it written."""
+    if folder is None:
+        return "with --report, models that show it are written, to be reported as a defect"
+    found = reproduce(original, failed.rewritten, failed.claim, provider)
+    if found is None:
+        return "no part of the models shows it; report it as a defect, with the model"
+    write_reproducer(found, folder)
+    return f"report it as a defect, with {folder}"
 
 
 def validate(  # noqa: PLR0913 (the command's options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 _AT_A_TIME = 32
 """Values inside the models that are compared in one run."""
+
+_DRAWS = 4
+"""Of inputs on which a wrong weight is looked for."""
 
 _ABOUT = 1e-2
 """How far values of two models that are to be the same may be apart, relative to their size, to count as that."""
@@ -98,16 +102,16 @@ def reproduce(
     try:
         fault, weights, biases, *_ = prove_structure(original, rewritten, decomposition)
         if fault is not None:
-            first, case = original, _any_case(original, provider)
+            first, cases = original, _some_cases(original, provider)
         elif claim.failed_case is None:
             return None
         else:
             first = annealed_model(original, decomposition, weights, biases)
-            case = claim.failed_case
+            cases = [claim.failed_case]
     except (ModelError, DataError) as error:
         logger.info("no reproducer: %s", error)
         return None
-    for models in _versions(first, rewritten, case, provider):
+    for models, case in _versions(first, rewritten, cases, provider):
         try:
             if fault is not None:
                 found = _of_weights(models, fault, case, provider)
@@ -118,21 +122,22 @@ def reproduce(
             continue
         if found is not None:
             return found
-    return None if fault is not None else _whole((first, rewritten), claim, case, provider)
+    return None if fault is not None else _whole((first, rewritten), claim, cases[0], provider)
 
 
 def _versions(
-    first: Model, rewritten: Model, case: Case, provider: Provider
-) -> Iterator[tuple[Model, Model]]:
-    """Both models with nothing inside their nodes, where there was something; then as they are."""
-    try:
-        inside = [unrolled(model, case.feeds, provider) for model in (first, rewritten)]
-    except ModelError as error:
-        logger.info("not looked into: %s", error)
-    else:
+    first: Model, rewritten: Model, cases: Sequence[Case], provider: Provider
+) -> Iterator[tuple[tuple[Model, Model], Case]]:
+    """Both models with nothing inside their nodes, as they run on each case, where there was; then as they are."""
+    for case in cases:
+        try:
+            inside = [unrolled(model, case.feeds, provider) for model in (first, rewritten)]
+        except ModelError as error:
+            logger.info("not looked into: %s", error)
+            continue
         if inside[0] is not first or inside[1] is not rewritten:
-            yield inside[0], inside[1]
-    yield first, rewritten
+            yield (inside[0], inside[1]), case
+    yield (first, rewritten), cases[0]
 
 
 def write_reproducer(found: Reproducer, folder: Path) -> None:
@@ -209,15 +214,14 @@ def _of_weights(
     return _cut_both(models, {*case.feeds, *upstream}, found, fault, case, provider, False)
 
 
-def _any_case(original: Model, provider: Provider) -> Case:
+def _some_cases(original: Model, provider: Provider) -> list[Case]:
+    """A few sets of inputs: not each of them takes every branch."""
     rng = np.random.default_rng(0)
-    case, _ = next(
-        runnable(
-            lambda other: made_up_cases(original.proto, seeds=1, rng=rng, other=other),
-            open_model(original, provider),
-        )
+    found = runnable(
+        lambda other: made_up_cases(original.proto, seeds=_DRAWS, rng=rng, other=other),
+        open_model(original, provider),
     )
-    return case
+    return [case for case, _ in itertools.islice(found, _DRAWS)]
 
 
 def _whole(

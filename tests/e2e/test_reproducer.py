@@ -11,8 +11,24 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from tests.e2e.planted import Recipe, array_of, plant, save, set_array
+from onnx_decompose import acceptance
+from tests.e2e.planted import (
+    Recipe,
+    array_of,
+    decomposition,
+    plant,
+    save,
+    set_array,
+)
 from tests.e2e.test_corruptions import block_name, cross_branches, with_head
+from tests.e2e.test_inner_graphs import (
+    SQUARE,
+    branch,
+    call,
+    loop,
+    nested,
+    scan,
+)
 from tests.e2e.whole_rewrite import rewrite_once
 from tools.planted_models import Blocks, residual_stack
 
@@ -183,3 +199,134 @@ def test_tensors_of_the_parts_are_all_inside(
         for tensor in onnx.load(path, load_external_data=False).graph.initializer:
             assert not tensor.external_data
             assert numpy_helper.to_array(tensor).size
+
+
+def inner_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """All nodes, those of bodies last."""
+    graphs = [model.graph]
+    for graph in graphs:  # grows as it goes
+        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [node for graph in graphs for node in graph.node]
+
+
+@pytest.mark.parametrize("make", [branch, loop, scan, call, nested])
+def test_it_goes_inside(
+    command: Command, tmp_path: Path, make: Callable[[onnx.ModelProto], onnx.ModelProto]
+) -> None:
+    """Bodies and functions are looked into: the parts are plain nodes between two values inside."""
+    original = make(plant(SQUARE, np.random.default_rng(0)).model)
+    corrupted = rewrite_once(original, "split").model
+    assert corrupted is not None
+    wrong = next(node for node in reversed(inner_nodes(corrupted)) if node.op_type == "Relu")
+    wrong.op_type = "Abs"
+    for entry in list(wrong.metadata_props):
+        wrong.metadata_props.remove(entry)
+    _, folder = validated(command, original, corrupted, tmp_path)
+    before, after = run_both(folder, "annealed.onnx")
+    assert np.abs(before - after).max() > 1e-3
+    for name in ("annealed.onnx", "rewritten.onnx"):
+        nodes = onnx.load(folder / name).graph.node
+        assert not {"If", "Loop", "Scan"} & {node.op_type for node in nodes}
+        assert {node.domain for node in nodes} == {""}
+    part = [node.op_type for node in onnx.load(folder / "annealed.onnx").graph.node]
+    assert sorted(part) == ["Add", "Add", "MatMul", "MatMul", "Relu"]
+
+
+@pytest.mark.parametrize("make", [branch, loop])
+def test_a_wrong_weight_inside(
+    command: Command, tmp_path: Path, make: Callable[[onnx.ModelProto], onnx.ModelProto]
+) -> None:
+    original = make(plant(SQUARE, np.random.default_rng(0)).model)
+    corrupted = rewrite_once(original, "split").model
+    assert corrupted is not None
+    name = block_name(corrupted, next(iter(decomposition(corrupted)["sites"])), 0)
+    set_array(corrupted, name, array_of(corrupted, name) * np.float32(1.01))
+    _, folder = validated(command, original, corrupted, tmp_path)
+    before, after = run_both(folder, "original.onnx")
+    assert np.abs(before - after).max() > 0
+    assert "If" not in {node.op_type for node in onnx.load(folder / "original.onnx").graph.node}
+
+
+class TestRewrite:
+    """``rewrite`` itself finds claim A broken: nothing is written but what shows it."""
+
+    @pytest.fixture
+    def broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = acceptance.rewritten_model
+
+        def wrong(*arguments: Any) -> Any:
+            model, decomposition = right(*arguments)
+            wrong_head(model.proto)
+            return model, decomposition
+
+        monkeypatch.setattr(acceptance, "rewritten_model", wrong)
+
+    def rewrite(
+        self, command: Command, original: onnx.ModelProto, folder: Path, *options: object
+    ) -> str:
+        source = save(original, folder / "in.onnx", external=True)
+        output = folder / "out.onnx"
+        result = command(
+            "rewrite", source, "-o", output, "--emit", "split", "--force", *options
+        )
+        assert result.code == 1
+        assert not output.exists()
+        (line,) = result.err.splitlines()
+        assert "claim A does not hold" in line
+        assert "; nothing was written; " in line
+        return line
+
+    @pytest.mark.usefixtures("broken", "quick_bench")
+    def test_with_a_report(
+        self,
+        command: Command,
+        pair: tuple[onnx.ModelProto, onnx.ModelProto],
+        tmp_path: Path,
+    ) -> None:
+        line = self.rewrite(command, pair[0], tmp_path, "--report", tmp_path / "r.json")
+        folder = tmp_path / "r.reproducer"
+        assert line.endswith(f"; report it as a defect, with {folder}")
+        before, after = run_both(folder, "annealed.onnx")
+        assert np.abs(before - after).max() > 1e-3
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *("in.onnx", "in.onnx.data", "r.reproducer"),
+        }
+
+    @pytest.mark.usefixtures("broken", "quick_bench")
+    def test_without_a_report(
+        self,
+        command: Command,
+        pair: tuple[onnx.ModelProto, onnx.ModelProto],
+        tmp_path: Path,
+    ) -> None:
+        line = self.rewrite(command, pair[0], tmp_path)
+        assert "with --report, models that show it are written" in line
+        assert {path.name for path in tmp_path.iterdir()} == {"in.onnx", "in.onnx.data"}
+
+    @pytest.mark.usefixtures("quick_bench")
+    def test_a_model_that_does_not_run(
+        self,
+        command: Command,
+        pair: tuple[onnx.ModelProto, onnx.ModelProto],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        right = acceptance.rewritten_model
+
+        def wrong(*arguments: Any) -> Any:
+            model, decomposition = right(*arguments)
+            shape = numpy_helper.from_array(np.array([5, -1, 3, 7], np.int64), "shape")
+            model.proto.graph.initializer.append(shape)
+            last = next(n for n in model.proto.graph.node if n.output[0] == "y")
+            last.output[0] = "flat"
+            reshape = onnx.helper.make_node("Reshape", ["flat", "shape"], ["y"])
+            model.proto.graph.node.append(reshape)
+            return model, decomposition
+
+        monkeypatch.setattr(acceptance, "rewritten_model", wrong)
+        self.rewrite(command, pair[0], tmp_path, "--report", tmp_path / "r.json")
+        folder = tmp_path / "r.reproducer"
+        assert "The second does not run." in (folder / "README.md").read_text("utf-8")
+        assert {path.name for path in folder.iterdir()} == {
+            *("annealed.onnx", "rewritten.onnx", "inputs.npz", "README.md"),
+        }
