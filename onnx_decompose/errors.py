@@ -27,6 +27,7 @@ __all__ = [
     "PassError",
     "ProviderError",
     "StructuralError",
+    "interruption",
 ]
 
 
@@ -87,3 +88,11 @@ class ProviderError(DecomposeError):
 
 class PassError(DecomposeError):
     """A graph pass broke its own contract (a defect in onnx-decompose, not in the model)."""
+
+
+def interruption(error: BaseException) -> BaseException | None:
+    """Ctrl-C or the like, where ``error`` was made of it: extension modules of pybind11 turn it into an ImportError."""
+    cause: BaseException | None = error
+    while cause is not None and isinstance(cause, Exception):
+        cause = cause.__cause__ or cause.__context__
+    return cause

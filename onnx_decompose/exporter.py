@@ -14,6 +14,7 @@ from onnx import external_data_helper
 
 from onnx_decompose.errors import ModelError, OptionError, OutputError
 from onnx_decompose.model.model_io import writing
+from onnx_decompose.model.renames import defined_names, renamed
 from onnx_decompose.records.init_recorder import InitRecorder, parameter_array
 from onnx_decompose.records.object_spec import imported_callable, one_line
 from onnx_decompose.records.record_matching import attach_records
@@ -201,14 +202,21 @@ def _export_proto(
     options: ExportOptions,
 ) -> onnx.ModelProto:
     opset = options.get("opset")
+    inputs, outputs = (
+        {f"onnx_decompose.{kind}.{number}": name for number, name in enumerate(names or ())}
+        for kind, names in (
+            ("input", options.get("input_names")),
+            ("output", options.get("output_names")),
+        )
+    )
     try:
         program = torch.onnx.export(
             module,
             example_inputs,
             dynamo=True,
             verbose=False,
-            input_names=options.get("input_names"),
-            output_names=options.get("output_names"),
+            input_names=list(inputs) or None,
+            output_names=list(outputs) or None,
             dynamic_shapes=options.get("dynamic_shapes"),
             opset_version=opset,
         )
@@ -227,7 +235,37 @@ def _export_proto(
         raise OptionError(
             f"torch cannot export {type(module).__name__} to opset {opset}; leave the opset out"
         )
+    _give_names(model.graph, {**inputs, **outputs})
     return model
+
+
+def _give_names(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    """Call inputs and outputs what was asked for; what else has such a name inside gets another.
+
+    Torch itself gives a name twice, to an output and to a value that happens to be called so, too.
+
+    Args:
+        graph: the exported graph.
+        names: asked for, by the name that a value has so far.
+    """
+    taken = set(defined_names(graph)) - names.keys()
+    fixed = {tensor.name for tensor in graph.initializer} | {v.name for v in graph.input}
+    wanted = list(names.values())
+    for name in wanted:
+        if wanted.count(name) > 1 or name in fixed:
+            raise OptionError(
+                f"the name {name!r} was asked for and is also that of another input, output or weight; choose others"
+            )
+    for name in taken & set(wanted):
+        number = 1
+        while f"{name}_{number}" in taken or f"{name}_{number}" in wanted:
+            number += 1
+        names[name] = f"{name}_{number}"
+        taken.add(names[name])
+    for node in graph.node:
+        node.CopyFrom(renamed(node, lambda value: names.get(value, value)))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = names.get(value.name, value.name)
 
 
 @contextlib.contextmanager

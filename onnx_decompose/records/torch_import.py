@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from onnx_decompose.errors import OptionError
+from onnx_decompose.errors import OptionError, interruption
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -25,6 +25,9 @@ def import_torch(purpose: str) -> ModuleType:
     try:
         return importlib.import_module("torch")
     except ImportError as error:
+        stopped = interruption(error)
+        if stopped is not None:
+            raise stopped from None
         raise OptionError(
             f'{purpose} needs torch ({error}); pip install "onnx-decompose[export]"'
         ) from error

@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeVar
 import numpy as np
 from onnx import TensorProto, helper
 
-from onnx_decompose.errors import DataError, ModelError, OptionError, ProviderError
+from onnx_decompose.errors import (
+    DataError,
+    ModelError,
+    OptionError,
+    ProviderError,
+    interruption,
+)
 from onnx_decompose.model.tensors import BFLOAT16, TensorSpec, tensor_dtype
 from onnx_decompose.runtime.runtime_faults import unsafe_optimizers
 
@@ -411,12 +417,24 @@ def model_label(model: ModelSource) -> str:
 
 @functools.cache
 def _onnxruntime() -> ModuleType:
-    """The module, quiet: what goes wrong is reported by the error that it raises."""
+    """The module, quiet: what goes wrong is reported by the error that it raises.
+
+    Raises:
+        ProviderError: it is not there, or cannot be loaded.
+        BaseException: whatever interrupted the loading.
+    """
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise ProviderError(
+                "onnxruntime is not installed; install onnx-decompose[cpu] or onnx-decompose[cuda]"
+            ) from error
+        stopped = interruption(error)
+        if stopped is not None:
+            raise stopped from None
         raise ProviderError(
-            "onnxruntime is not installed; install onnx-decompose[cpu] or onnx-decompose[cuda]"
+            f"onnxruntime cannot be loaded ({error}); install it again, or another version"
         ) from error
     module.set_default_logger_severity(_FATAL_ONLY)
     return module

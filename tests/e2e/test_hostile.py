@@ -98,6 +98,31 @@ def test_functions_that_call_each_other_twice(model: onnx.ModelProto, tmp_path: 
     assert "1.1e+12 nodes" in refuse(tmp_path, "analyze", path)
 
 
+def long_input(graph: onnx.GraphProto) -> str:
+    graph.input.append(helper.make_tensor_value_info("long", TensorProto.FLOAT, [1 << 62]))
+    return "long"
+
+
+def doubled_list(graph: onnx.GraphProto) -> str:
+    graph.initializer.append(numpy_helper.from_array(np.ones(2, np.int64), "d0"))
+    graph.node.extend(
+        helper.make_node("Concat", [f"d{n}"] * 2, [f"d{n + 1}"], axis=0) for n in range(34)
+    )
+    return "d34"
+
+
+@pytest.mark.parametrize("bomb", [long_input, doubled_list])
+def test_values_that_shape_inference_would_list(
+    model: onnx.ModelProto, tmp_path: Path, bomb: Callable[[onnx.GraphProto], str]
+) -> None:
+    """onnx follows the values of one axis entry by entry, once they go into a sum or a product."""
+    name = bomb(model.graph)
+    model.graph.node.append(helper.make_node("Mul", [name, name], ["unused"]))
+    path = save(model, tmp_path / "long.onnx")
+    code, told = Run("analyze", path, "--quiet", prepare=limit).wait()
+    assert (code, len(told.splitlines())) == (0, 1), told
+
+
 @pytest.mark.parametrize("size", [1 << 14, 1 << 31])
 def test_a_sparse_tensor_of_one_entry_is_not_made_dense(
     model: onnx.ModelProto, tmp_path: Path, size: int

@@ -165,8 +165,10 @@ class TestOptions:
         """Every field of Options that has an option arrives as it was typed."""
         seen: list[Options] = []
 
-        def rewrite(source: object, output: object, options: Options) -> None:
-            del source, output
+        def rewrite(
+            source: object, output: object, options: Options, *, reproducer: object
+        ) -> None:
+            del source, output, reproducer
             seen.append(options)
             raise onnx_decompose.OptionError("seen")
 
@@ -220,8 +222,8 @@ class TestOptions:
     ) -> None:
         seen: list[Options] = []
 
-        def record(source: object, *arguments: object) -> None:
-            del source
+        def record(source: object, *arguments: object, **others: object) -> None:
+            del source, others
             seen.extend(a for a in arguments if isinstance(a, Options))
             raise onnx_decompose.OptionError("seen")
 

@@ -180,6 +180,36 @@ def test_the_model_computes_what_the_module_does_at_every_batch_size(tmp_path: P
         )
 
 
+def test_names_that_values_inside_have_already() -> None:
+    """Torch calls the values inside "linear", "relu" and "linear_1"."""
+    module, example_inputs = chain()
+    module.eval()
+    model = export(
+        module, example_inputs, input_names=["linear"], output_names=["relu"], opset=18
+    )
+    onnx.checker.check_model(model, full_check=True)
+    assert [value.name for value in model.graph.input] == ["linear"]
+    assert [value.name for value in model.graph.output] == ["relu"]
+    x = torch.randn(2, 6)
+    (made,) = ReferenceEvaluator(model).run(None, {"linear": x.numpy()})
+    np.testing.assert_allclose(
+        np.asarray(made), module(x).detach().numpy(), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        ({"output_names": ["0.weight"]}, "0.weight"),
+        ({"output_names": ["input"]}, "input"),
+        ({"input_names": ["x"], "output_names": ["x"]}, "x"),
+    ],
+)
+def test_names_that_cannot_be_given(names: Any, taken: str) -> None:
+    with pytest.raises(OptionError, match=f"the name '{taken}' was asked for and is also"):
+        export(*chain(), **names)
+
+
 def test_without_a_recorder_there_are_no_records() -> None:
     model = export(*sequence())
     assert not model.metadata_props

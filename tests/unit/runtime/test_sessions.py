@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -166,12 +167,31 @@ class TestResolveProvider:
             resolve_provider("cuda")
 
     def test_no_onnxruntime_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def missing(name: str) -> None:
-            raise ImportError(name)
-
-        monkeypatch.setattr(importlib, "import_module", missing)
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
         monkeypatch.setattr(sessions, "_onnxruntime", sessions._onnxruntime.__wrapped__)
         with pytest.raises(ProviderError, match=r"install onnx-decompose\[cpu\]"):
+            resolve_provider("cpu")
+
+    def test_onnxruntime_cannot_be_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(name: str) -> None:
+            raise ImportError(f"lib{name}.so: no such file")
+
+        monkeypatch.setattr(importlib, "import_module", broken)
+        monkeypatch.setattr(sessions, "_onnxruntime", sessions._onnxruntime.__wrapped__)
+        with pytest.raises(
+            ProviderError, match=r"cannot be loaded \(libonnxruntime.so: no such"
+        ):
+            resolve_provider("cpu")
+
+    def test_an_interruption_while_it_loads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An extension module of pybind11 makes an ImportError of whatever is raised meanwhile."""
+
+        def interrupted(_: str) -> None:
+            raise ImportError("initialization failed") from KeyboardInterrupt()
+
+        monkeypatch.setattr(importlib, "import_module", interrupted)
+        monkeypatch.setattr(sessions, "_onnxruntime", sessions._onnxruntime.__wrapped__)
+        with pytest.raises(KeyboardInterrupt):
             resolve_provider("cpu")
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import pytest
 
 from onnx_decompose.model.model_io import Model
-from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.model.tensors import TensorSpec, graph_inputs
+from onnx_decompose.runtime.cases import Case
 from onnx_decompose.runtime.samples import samples_from_arrays
 from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.verification import equivalence
 from onnx_decompose.verification.claims import Inputs
-from onnx_decompose.verification.equivalence import measure_structural
+from onnx_decompose.verification.equivalence import _spread, measure_structural
 from onnx_decompose.verification.reference import Reference, open_reference
 from onnx_decompose.verification.rounding import CONVICTING
 from tests.passes.harness import parse
 
 if TYPE_CHECKING:
-    import pytest
     from numpy.typing import NDArray
 
     from onnx_decompose.runtime.feeds import Feeds
@@ -140,3 +141,24 @@ def test_a_slow_reference_still_answers_for_a_suspect(monkeypatch: pytest.Monkey
         a_sum(FORWARDS), wrong, inputs=Inputs(), provider=Provider.CPU
     )
     assert runs == 1 + 1 + CONVICTING
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_what_is_not_finite_reaches_samples_that_stand_alone(coupled: bool) -> None:
+    """Samples that hang on the first one (their largest entry decides about all) may differ with it."""
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    x[0, 0] = np.inf
+
+    class Dense:
+        outputs = (TensorSpec("y", np.dtype(np.float32), ("n", 2)),)
+
+        @staticmethod
+        def run(feeds: dict[str, Any]) -> dict[str, Any]:
+            given = feeds["x"]
+            return {"y": given + np.minimum(given.max(), 9.0) if coupled else given}
+
+    case = Case("poisoned", {"x": x}, poison=("n",))
+    expected = Dense.run(case.feeds)
+    got = {"y": np.where([[False], [False], [True]], np.nan, expected["y"])}
+    found = _spread(case, cast("Any", Dense()), expected, got)
+    assert (found is None) is coupled
