@@ -23,6 +23,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_decompose.graph.per_unit import constant_axis, constant_units, neutral
+from onnx_decompose.graph.quantized import INTEGER_PRODUCTS
 from onnx_decompose.passes.site_weights import SiteWeights
 from onnx_decompose.passes.splice import Placed
 from onnx_decompose.planning.borders import gathered_order, is_run, layout_of
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from onnx_decompose.planning.plan import RegionPlan
 
 __all__ = ["BranchEmitter", "Emitter"]
+
+_OF_INTEGERS = {"DequantizeLinear", "QuantizeLinear", *INTEGER_PRODUCTS}
+"""Operators that read or make values of integers."""
 
 
 class Emitter(Protocol):
@@ -98,7 +102,8 @@ class BranchEmitter:
         self._constants = constants
         self._ops = ops.along(region.unit_axis)
         self._writer = SiteWeights(graph, constants, self._ops)
-        self._take = self._ops.pick if plan.picks else self._ops.gather
+        integers = any(graph.node[index].op_type in _OF_INTEGERS for index in region.nodes)
+        self._take = self._ops.pick if plan.picks and not integers else self._ops.gather
         self._local: dict[str, list[Value]] = {}
         self._whole: dict[str, Value] = {}
         self._read: dict[str, list[Value]] = {}
