@@ -29,6 +29,13 @@ def test_exact(seed: int, emit: Emit, free: bool) -> None:
     check_rewrite(random_model(Recipe.drawn(seed)), emit, free=free)
 
 
+def test_integers_that_lie_scattered() -> None:
+    """ArrayFeatureExtractor, which takes floats faster than Gather, knows no integers of 8 bits."""
+    recipe = Recipe.drawn(603189)
+    outcome = check_rewrite(random_model(recipe), "triangular", free=False)
+    assert outcome.model is not None
+
+
 @settings(max_examples=40)
 @given(
     seed=SEEDS,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from onnx import numpy_helper
 
-from onnx_decompose.planning.cost import CPU
 from tests.passes.harness import Rewritten, blocks, check_parity, parse, rewrite
 
 if TYPE_CHECKING:
@@ -275,18 +273,3 @@ def test_quantizers_per_unit(rng: np.random.Generator) -> None:
     result = rewrite(other)
     assert result.decisions == [("split", 2), ("split", 2)]
     check_parity(result, rng, tolerance=0.02)
-
-
-def test_integers_that_lie_scattered_are_gathered(rng: np.random.Generator) -> None:
-    """ArrayFeatureExtractor, which takes floats faster, knows no integers of 8 bits."""
-    weight = dense(rng, 8, 8)
-    weight[[1, 3, 6]] = 0
-    model = parse(
-        """g (float[B, 8] x) => (float[B, 8] y) {
-        q, s, z = DynamicQuantizeLinear(x) whole = MatMulInteger(q, w, z) f = Cast <to = 1> (whole) y = Mul(f, s) }""",
-        {"w": weight},
-    )
-    result = rewrite(model, "shrink", cost=dataclasses.replace(CPU, kernel=1e-12, block=1e-12))
-    assert result.decisions == [("shrink", 1)]
-    assert "Gather" in {node.op_type for node in result.proto.graph.node}
-    check_parity(result, rng)
