@@ -18,7 +18,9 @@ ProviderChoice = Literal["auto", "cpu", "cuda"]
 Annealing = Literal["auto", "tested", "calibrated"]
 """What decides over removal: both of the others, the faster one wins; the null; calibration data."""
 
-ProposalKind = Literal["decay", "support", "networks", "removal", "inputs", "merging"]
+ProposalKind = Literal[
+    "decay", "support", "networks", "removal", "inputs", "merging", "partition"
+]
 """What calibrated annealing may propose: see ``calibrated.search.GENERATORS``."""
 
 

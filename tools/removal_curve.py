@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.removal import Removal
     from onnx_decompose.calibrated.removal_proposals import HiddenAxis
     from onnx_decompose.model.model_io import Model
 
@@ -83,13 +84,18 @@ class Curve:
         self.axes = [
             a for region in context.study.regions for a in hidden_axes(context, region)
         ]
-        assert context.choose
-        self.greedy = {
-            axis: removal_order(readers_of(context, axis), most=1.0) for axis in self.axes
+
+    @functools.cached_property
+    def greedy(self) -> Mapping[HiddenAxis, Removal]:
+        """The order of every set of units, one at a time."""
+        return {
+            axis: removal_order(readers_of(self.context, axis), most=1.0) for axis in self.axes
         }
-        self.second = {
-            axis: [self._second(site.input) for site in axis.readers] for axis in self.axes
-        }
+
+    @functools.cached_property
+    def second(self) -> Mapping[HiddenAxis, list[NDArray[np.float64]]]:
+        """Second moments of what every reader reads."""
+        return {axis: [self._second(site.input) for site in axis.readers] for axis in self.axes}
 
     @property
     def samples(self) -> int:

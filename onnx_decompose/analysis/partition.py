@@ -4,7 +4,7 @@ Layers of units are joined by blocks of *energy*, e_ij >= 0: how much unit i mat
 between groups loses the energy between them.
 
     start     spectral co-clustering (Dhillon 2001), for any graph of layers: the leading eigenvectors of
-              D^-1/2 E D^-1/2, rows of length 1, by k-means whose groups have room for so many units of each layer
+              D^-1/2 E D^-1/2, rows of length 1, by k-means, and from there the nearest balanced groups
     refine    in the manner of Kernighan and Lin (1970): one layer after the other moves to where most of its energy is.
               With the others held, the best assignment under the capacities is a transport problem, solved exactly, so
               that what is kept never shrinks.
@@ -34,6 +34,8 @@ __all__ = ["Energy", "Partition", "balanced", "kept_share", "partition"]
 _POWER_STEPS = 100
 _MEANS_STEPS = 20
 _SWEEPS = 50
+_WORTH_A_SWEEP = 1e-3
+"""Of the energy: what the last sweeps gain, no refit would show."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -82,9 +84,11 @@ def partition(
         for layer in range(len(sizes)):
             moved[layer] = balanced(_pull(layer, moved, edges, groups))
         better = kept_share(moved, edges)
-        if better <= kept:  # or a layer that is joined to itself has moved past its best
+        gained = better - kept
+        if gained > 0:  # a layer that is joined to itself may have moved past its best
+            labels, kept = moved, better
+        if gained < _WORTH_A_SWEEP:
             break
-        labels, kept = moved, better
     return Partition(tuple(labels), kept)
 
 
@@ -109,6 +113,13 @@ def balanced(scores: FloatArray) -> IntArray:
     """
     units, groups = scores.shape
     room = -(-units // groups)
+    if groups == 2:
+        # The units that gain most by the first group, as many as it has room for or as gain at all.
+        gain = scores[:, 0] - scores[:, 1]
+        first = min(max(int(np.count_nonzero(gain > 0)), units - room), room)
+        labels = np.ones(units, dtype=np.intp)
+        labels[np.argsort(-gain, kind="stable")[:first]] = 0
+        return labels
     rows, places = linear_sum_assignment(np.repeat(scores, room, axis=1), maximize=True)
     labels = np.empty(units, dtype=np.intp)
     labels[rows] = places // room
@@ -132,22 +143,22 @@ def _pull(
 def _spectral(
     sizes: Sequence[int], edges: Sequence[Energy], groups: int, rng: np.random.Generator
 ) -> list[IntArray]:
-    """Balanced k-means of the rows of the leading eigenvectors."""
-    cuts = np.cumsum(sizes)[:-1]
+    """K-means of the rows of the leading eigenvectors, balanced at its end."""
     vectors = _leading(sizes, edges, groups, rng)
     rows = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-300)
-    layers = np.split(rows, cuts)
     centres = _apart(rows, groups, rng)
-    labels: list[IntArray] = []
+    labels = np.full(len(rows), -1)
     for _ in range(_MEANS_STEPS):
-        found = [balanced(layer @ centres.T) for layer in layers]
-        if labels and all(map(np.array_equal, found, labels)):
+        found = (rows @ centres.T).argmax(axis=1)
+        if (found == labels).all():
             break
         labels = found
-        joined = np.concatenate(labels)
-        sums = np.array([rows[joined == group].sum(axis=0) for group in range(groups)])
-        centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-300)
-    return labels
+        sums = (labels == np.arange(groups)[:, None]) @ rows
+        # A centre that lost all of its rows stays where it was.
+        centres = np.where(sums.any(axis=1, keepdims=True), sums, centres)
+        centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-300)
+    layers = np.split(rows, np.cumsum(sizes)[:-1])
+    return [balanced(layer @ centres.T) for layer in layers]
 
 
 def _leading(

@@ -12,6 +12,7 @@ needed_outputs      which outputs the metric looks at where a group is active
 input_proposals     inputs that hardly matter
 removal_proposals   hidden units that the rest can stand in for
 merge_proposals     outputs that data hardly tells apart, one column for a group
+partition_proposals a given number of balanced groups, seam or not
 neighbours          inputs made up around a few given ones, to fit on
 site_statistics     what sites read while a model runs
 """

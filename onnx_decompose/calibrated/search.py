@@ -28,6 +28,7 @@ from onnx_decompose.calibrated.identity import search_digest
 from onnx_decompose.calibrated.input_proposals import spare_inputs
 from onnx_decompose.calibrated.journal import Journal
 from onnx_decompose.calibrated.merge_proposals import merged_outputs
+from onnx_decompose.calibrated.partition_proposals import partitioned_regions
 from onnx_decompose.calibrated.refitting import (
     CalibrationContext,
     Proposal,
@@ -66,6 +67,7 @@ GENERATORS: Mapping[ProposalKind, Generator] = {
     "inputs": spare_inputs,
     "removal": removed_units,
     "merging": merged_outputs,
+    "partition": partitioned_regions,
 }
 """What proposals come from, by kind."""
 
