@@ -2,7 +2,7 @@
 
 python -m tools.bench_calibrated deephme MODEL.onnx    budgets 1e-3 and 1e-5, judged on other inputs and distributions
 python -m tools.bench_calibrated multitask             multitask_dense: every task's accuracy before and after, by seed
-python -m tools.bench_calibrated ablate MODEL.onnx     one level on a regression model with one input, parts left out
+python -m tools.bench_calibrated ablate MODEL.onnx     removal at one level on a model with one input, parts left out
 python -m tools.bench_calibrated ablate-multitask      the groups of multitask_dense, parts left out
 python -m tools.bench_calibrated control               multitask_dense with its weights, or its inputs, shuffled
 
@@ -24,9 +24,16 @@ from models.metrics import OUTPUT_SLOTS, task_accuracy, task_likelihood
 from onnx_decompose.calibrated.decay_proposals import decayed_units
 from onnx_decompose.calibrated.refitting import (
     CalibrationContext,
+    Proposal,
     annealed_by,
     refitted,
     split_samples,
+)
+from onnx_decompose.calibrated.removal_proposals import (
+    LEVELS,
+    hidden_axes,
+    removed_units,
+    without_units,
 )
 from onnx_decompose.calibrated.support_proposals import supported_groups
 from onnx_decompose.errors import StructuralError
@@ -44,16 +51,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.calibrated.refitting import Proposal
     from onnx_decompose.runtime.samples import Samples
 
     Array = NDArray[np.float32]
 
 MODELS = Path(__file__).parents[1] / "models"
 CALIBRATION, TEST = 6000, 4000
-LEVEL = "decay(0.00056)"
+LEVEL = 10.0**-7.5
+"""Of the variance that the readers of a layer may lose."""
 GROUPS = "support(4 groups, equal, own rows)"
-SIZES = (3000, 1500, 800, 500, 300)
+SIZES = (3000, 1500, 1000, 800, 600, 500, 400, 300)
 
 
 def report_deephme(path: Path, seeds: int) -> None:
@@ -163,21 +170,49 @@ def report_ablation(path: Path) -> None:
     )
     samples = samples_from_arrays({spec.name: given}, graph_inputs(model.proto))
     context = _context(model, samples)
-    proposal = next(p for family in decayed_units(context) for p in family if p.name == LEVEL)
-    kept = sum(mask.sum() for mask in proposal.masks.values())
-    whole = sum(mask.size for mask in proposal.masks.values())
+    (family,) = removed_units(context)
+    level = LEVELS[::-1].index(LEVEL)
+    proposal = family.at(level)
+    assert proposal is not None
     print(
-        f"{LEVEL}: {kept / whole:.3f} of the weights\n\n| what | error on {TEST} fresh inputs |\n|---|---|"
+        f"{proposal.name}\n\n| what | weights left | error on {TEST} fresh inputs |\n|---|---|---|"
     )
+
+    def tell(name: str, context: CalibrationContext, proposal: Proposal) -> None:
+        after = annealed_by(context.study, refitted(context, proposal))
+        error = _relative_error(model, after, spec.name, fresh)
+        print(f"| {name} | {_share_left(proposal):.3f} | {error:.1e} |", flush=True)
+
     for name, changed in _variants(context):
-        after = annealed_by(context.study, refitted(changed, proposal))
-        print(f"| {name} | {_relative_error(model, after, spec.name, fresh):.1e} |", flush=True)
+        tell(name, changed, proposal)
+    tell("as many units of each layer, at random", context, _random_units(context, proposal))
+    for decayed in (p for family in decayed_units(context) for p in family):
+        if _share_left(decayed) > _share_left(proposal):
+            tell(f"{decayed.name} in its place", context, decayed)
+            break
     for rows in SIZES:
         fewer = _context(model, samples.take(np.arange(rows)))
-        after = annealed_by(context.study, refitted(fewer, proposal))
+        (family,) = removed_units(fewer)
+        own = family.at(level)
+        assert own is not None
         refusal = "; refused" if fewer.too_few() else ""
-        error = _relative_error(model, after, spec.name, fresh)
-        print(f"| {rows} samples in all{refusal} | {error:.1e} |", flush=True)
+        tell(f"{rows} samples in all{refusal}", fewer, own)
+
+
+def _share_left(proposal: Proposal) -> float:
+    kept = sum(int(mask.sum()) for mask in proposal.masks.values())
+    return kept / sum(mask.size for mask in proposal.masks.values())
+
+
+def _random_units(context: CalibrationContext, proposal: Proposal) -> Proposal:
+    """As many hidden units of each layer as ``proposal`` takes, others."""
+    rng = context.rng
+    axes = [axis for region in context.study.regions for axis in hidden_axes(context, region)]
+    gone = {}
+    for axis in axes:
+        count = np.count_nonzero(~proposal.masks[axis.makers[0].name].any(axis=0))
+        gone[axis] = rng.permutation(axis.size)[:count]
+    return Proposal("random", without_units(gone))
 
 
 def report_multitask_ablation() -> None:
