@@ -115,6 +115,16 @@ def test_a_fault_of_the_same_size_is_convicted() -> None:
     assert "batch 1" in found.reason
 
 
+def test_whole_numbers_are_not_moved_and_acquit_nobody() -> None:
+    """The same luck, in numbers that may count something: the bound alone decides."""
+    x = nearly_nothing() * 2.0**26
+    assert np.array_equal(x, np.rint(x))
+    given = Inputs(samples_from_arrays({"x": x}, graph_inputs(a_sum(FORWARDS).proto)))
+    assert not measure_structural(
+        a_sum(FORWARDS), a_sum(BACKWARDS), inputs=given, provider=Provider.CPU
+    )
+
+
 def test_a_slow_reference_still_answers_for_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
     """After one run that took too long it is only asked beside, where an output is suspected."""
     monkeypatch.setattr(equivalence, "_MOST_SECONDS", -1.0)
