@@ -42,15 +42,13 @@ SHARES = (0.01, 0.001)
 
 def report_directions(context: CalibrationContext) -> None:
     """How many directions of each stream groups need."""
-    print(
-        "| stream, units | "
-        + " | ".join(f"{1 - share:.1%} of the variance" for share in SHARES)
-    )
+    told = (f"{1 - share:.1%} of the variance" for share in SHARES)
+    print(f"| stream, units | {' | '.join(told)} |")
     print("|---|" + "---|" * len(SHARES))
     for stream, needs in group_needs(context):
         counts = [[need.within(share) for need in needs] for share in SHARES]
-        told = (f"{' + '.join(map(str, own))} = {sum(own)}" for own in counts)
-        print(f"| {stream} | {' | '.join(told)} |")
+        sums = (f"{' + '.join(map(str, own))} = {sum(own)}" for own in counts)
+        print(f"| {stream} | {' | '.join(sums)} |")
 
 
 def report_scores(
@@ -65,7 +63,7 @@ def report_scores(
         seen = dataclasses.replace(context, metric=asked)
         for generator in (supported_groups, group_networks):
             for family in generator(seen):
-                proposals = [p for p in family if not p.keeps_nothing][::every]
+                proposals = [p for p in family if not p.keeps_nothing][::-every]
                 for proposal in proposals:
                     after = annealed_by(seen.study, refitted(seen, proposal))
                     found = _scores(after, test, metric)
@@ -93,7 +91,9 @@ def _main() -> None:
     parser.add_argument("calibration", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--metric", required=True)
-    parser.add_argument("--every", type=int, default=4, help="of the levels of each family")
+    parser.add_argument(
+        "--every", type=int, default=4, help="of the levels of each family, from the loosest"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
