@@ -59,15 +59,18 @@ def report_scores(
     print(f"\n| units | outputs | weights left | {' | '.join(scores)} |")
     print("|---|---|---|" + "---|" * len(scores))
     print(_line("as it is", "", 1.0, scores), flush=True)
-    for outputs, asked in (("where they vary", None), ("where the metric looks", metric)):
+    for outputs, asked, generator in (
+        ("where they vary", None, supported_groups),
+        ("where they vary", None, group_networks),
+        ("where the metric looks", metric, group_networks),
+    ):
         seen = dataclasses.replace(context, metric=asked)
-        for generator in (supported_groups, group_networks):
-            for family in generator(seen):
-                proposals = [p for p in family if not p.keeps_nothing][::-every]
-                for proposal in proposals:
-                    after = annealed_by(seen.study, refitted(seen, proposal))
-                    found = _scores(after, test, metric)
-                    print(_line(proposal.name, outputs, _left(proposal), found), flush=True)
+        for family in generator(seen):
+            proposals = [p for p in family if not p.keeps_nothing][::-every]
+            for proposal in proposals:
+                after = annealed_by(seen.study, refitted(seen, proposal))
+                found = _scores(after, test, metric)
+                print(_line(proposal.name, outputs, _left(proposal), found), flush=True)
 
 
 def _line(what: str, outputs: str, left: float, scores: dict[str, float]) -> str:
