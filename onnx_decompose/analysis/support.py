@@ -33,10 +33,10 @@ __all__ = [
     "ActivityAccumulator",
     "Activity",
     "SpreadAccumulator",
-    "assign",
     "coactive_groups",
     "influence",
     "resting_values",
+    "where_it_varies",
 ]
 
 APART = -1
@@ -225,33 +225,18 @@ class SpreadAccumulator:
         return variance
 
 
+def where_it_varies(spread: FloatArray) -> IntArray:
+    """The group with which each output varies most; ``APART`` for constants.
+
+    Args:
+        spread: (units, groups) variance within each group. It is compared as a share of what the group moves most: not
+            of all that it moves, or a group of many outputs would lose some to one of few.
+    """
+    shares = spread / np.maximum(spread.max(axis=0), 1e-300)
+    return np.where(spread.max(axis=1) > 0, shares.argmax(axis=1), APART)
+
+
 def influence(weight: NDArray[Any], target: FloatArray) -> FloatArray:
     """What the inputs of a site do to each group of outputs: (K, G) from its weight, (K, N), and ``target``, (N, G)."""
     reached: FloatArray = weight.astype(np.float64) ** 2 @ target
     return reached
-
-
-def assign(scores: FloatArray, capacities: IntArray) -> IntArray:
-    """Units to groups, the clearest case first.
-
-    Args:
-        scores: (units, groups) how much each unit serves each group, 0 or more.
-        capacities: (groups,) units that a group may have at most.
-
-    Returns:
-        (units,) group of each; ``APART`` for a unit that serves none, or finds no room. Scores are compared as
-        shares of their group's total: each group asks for the units that do most of its own work.
-    """
-    total = scores.sum(axis=0)
-    shares = np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
-    room = capacities.copy()
-    labels = np.full(scores.shape[0], APART, dtype=np.intp)
-    order = np.argsort(-shares, axis=None, kind="stable")
-    for place in order.tolist():
-        unit, group = divmod(place, scores.shape[1])
-        if shares[unit, group] <= 0:
-            break
-        if labels[unit] == APART and room[group] > 0:
-            labels[unit] = group
-            room[group] -= 1
-    return labels

@@ -1,6 +1,7 @@
 """Calibrated annealing: what data supports, and what is left of a weight refitted.
 
 search              of all proposals the fastest inside the budget
+trials              the error on samples that were not fitted to, and how far the true one may be from it
 identity            which search it is, as a digest
 journal             what a search has found out, kept for when it is interrupted
 families            proposals from strict to loose, made when they are looked at

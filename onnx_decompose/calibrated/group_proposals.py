@@ -27,7 +27,6 @@ from onnx_decompose.analysis.removal import Reader, Removal, removal_order
 from onnx_decompose.analysis.subspaces import Subspace, telling_directions
 from onnx_decompose.analysis.support import coactive_groups
 from onnx_decompose.calibrated.families import Family, entries_of
-from onnx_decompose.calibrated.needed_outputs import needed_outputs
 from onnx_decompose.calibrated.refitting import Focus, Proposal
 from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.calibrated.support_proposals import (
@@ -36,7 +35,7 @@ from onnx_decompose.calibrated.support_proposals import (
     _spreads,
     _Survey,
     _survey,
-    _where_it_varies,
+    outer_labels,
 )
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.per_unit import is_elementwise
@@ -110,7 +109,9 @@ def _groups(
     lower = (
         coactive_groups(found.activity, level=other)[0] for other in LEVELS if other < level
     )
-    if count < 2 or any(np.array_equal(inputs, other) for other in lower):
+    if count < 2:
+        return None
+    if not context.turn and any(np.array_equal(inputs, other) for other in lower):
         return None
     return _Groups(context, found, inputs, count, between)
 
@@ -189,32 +190,12 @@ class _Groups:
             site.name: context.study.weight(site).astype(np.float64) for site in region.sites
         }
         spread = _spreads(context, survey, inputs, count)
-        self._outer: dict[int, IntArray] = {}
-        start = 0
-        for name in region.entries:
-            size = region.axis_sizes[region.axis_of[name]]
-            self._outer[region.axis_of[name]] = inputs[start : start + size]
-            start += size
-        for axis in sorted(region.exit_axes - self._outer.keys()):
-            self._outer[axis] = self._outputs(axis, spread[axis])
+        self._outer = outer_labels(context, survey, inputs, spread)
         moments = self._own_moments()
         self.needs = {
             axis: [self._need(axis, group, own) for group, own in enumerate(moments)]
             for axis in between
         }
-
-    def _outputs(self, axis: int, spread: FloatArray) -> IntArray:
-        """The group of each exit: where the metric looks at it, or else where it varies."""
-        labels = _where_it_varies(spread)
-        (name, *others) = (n for n in self._region.exits if self._region.axis_of[n] == axis)
-        needed = (
-            None
-            if others
-            else needed_outputs(self._context, name, self._region.entries, self.shares)
-        )
-        if needed is None:
-            return labels
-        return np.where(needed.any(axis=1), needed.argmax(axis=1), labels)
 
     def shares(self, values: Mapping[str, NDArray[Any]]) -> FloatArray:
         """(rows, groups) the weight of each row for each group."""

@@ -1,10 +1,13 @@
 """Calibrated annealing: what data supports, and what is left of a weight refitted to what the original made of it.
 
-The user's samples are split once, by the seed, into three parts that never trade places:
+The user's samples are split once, by the seed, into three parts:
 
     fit      moments of what every site reads: support, and the refit itself
     choose   the strength of the refit, and which proposal is inside the budget
     judge    claim B
+
+Where samples are few, those to fit and to choose on take turns, each time with another model, so that a proposal is
+told by all of them and still by none that its model was fitted to. What is judged never trades places.
 
 A *proposal* is a set of masks with a name: which entries of which sites may stay. Generators make proposals, by any
 evidence; here each becomes an annealed dense model. The refit goes through the model from the front
@@ -32,13 +35,14 @@ from onnx_decompose.analysis.refit import (
     refit_weight,
 )
 from onnx_decompose.calibrated.neighbours import with_neighbours
-from onnx_decompose.calibrated.site_statistics import Held, input_moments, observe
+from onnx_decompose.calibrated.site_statistics import HELD_BYTES, Held, input_moments, observe
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.errors import DataError
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.closing import restore
 from onnx_decompose.model.shapes import opset_of
 from onnx_decompose.passes.replace_weights import ReplaceWeights
+from onnx_decompose.runtime.samples import split_indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +68,7 @@ __all__ = [
     "Proposal",
     "annealed_by",
     "refitted",
+    "rotated_samples",
     "split_samples",
 ]
 
@@ -184,6 +189,8 @@ class CalibrationContext:
         neighbours: whether a few samples to fit on are joined by others made up around them.
         sequential: whether the refit of a site sees what was annealed before it.
         metric: the user's measure of quality, if there is one.
+        held_bytes: of a model's values on one set of samples.
+        turn: whose turn it is to choose on, where samples take turns; the model of turn 0 is what is kept.
     """
 
     study: Study
@@ -194,6 +201,8 @@ class CalibrationContext:
     neighbours: bool = True
     sequential: bool = True
     metric: Metric | None = None
+    held_bytes: int = HELD_BYTES
+    turn: int = 0
 
     @property
     def rng(self) -> np.random.Generator:
@@ -242,7 +251,7 @@ class CalibrationContext:
     @functools.cached_property
     def held(self) -> Mapping[Samples, Held]:
         """The original's own values, as far as they are held, on what refits are fitted and chosen on."""
-        return {self.fitting: Held(), self.parts.choose: Held()}
+        return {part: Held(self.held_bytes) for part in (self.fitting, self.parts.choose)}
 
     def _moments(self, samples: Samples) -> Mapping[str, Moments]:
         values = list(dict.fromkeys(site.input for site in self.sites))
@@ -282,14 +291,31 @@ def split_samples(samples: Samples, seed: int) -> Parts:
     Raises:
         DataError: there are not three samples.
     """
+    return rotated_samples(samples, seed)[0]
+
+
+def rotated_samples(samples: Samples, seed: int) -> tuple[Parts, ...]:
+    """The three parts, and those with other samples to choose on, so that each that is not judged has its turn once.
+
+    Raises:
+        DataError: there are not three samples.
+    """
     if samples.count < 3:
         raise DataError(
             f"{samples.source}: holds {samples.count} samples; at least 3 are needed to fit, choose and judge"
         )
     rng = np.random.default_rng(seed)
-    fit, rest = samples.split(rng, FIT)
-    choose, judge = rest.split(rng, CHOOSE / (1 - FIT))
-    return Parts(fit, choose, judge)
+    fit, rest = split_indices(np.arange(samples.count), rng, FIT)
+    choose, judge = split_indices(rest, rng, CHOOSE / (1 - FIT))
+    turns = [choose]
+    others = round(FIT / CHOOSE)
+    if fit.size > others:
+        turns += [np.sort(part) for part in np.array_split(rng.permutation(fit), others)]
+    seen = np.union1d(fit, choose)
+    return tuple(
+        Parts(samples.take(np.setdiff1d(seen, turn)), samples.take(turn), samples.take(judge))
+        for turn in turns
+    )
 
 
 def refitted(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit]:
@@ -301,7 +327,7 @@ def refitted(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit
     refits: dict[str, Refit] = {}
     current = context.study.source
     # What a stage reads is final: later refits are of sites behind it.
-    held = {samples: Held() for samples in context.held}
+    held = {samples: Held(context.held_bytes) for samples in context.held}
     for value, sites in stages.items():
         refits |= _Stage(context, proposal, value, sites, held).refit(current)
         if context.sequential:
@@ -383,11 +409,7 @@ class _Stage:
                 start += columns.size
         return {
             site.name: self._refit(
-                site,
-                new[site.name],
-                added[site.name] + shifts[site.name],
-                jobs[0].rows,
-                fits[0],
+                site, new[site.name], added[site.name] + shifts[site.name], jobs, fits
             )
             for site in self.sites
         }
@@ -417,17 +439,18 @@ class _Stage:
         site: Site,
         weight: NDArray[np.float64],
         added: NDArray[np.float64],
-        rows: NDArray[np.intp],
-        fit: Moments,
+        jobs: Sequence[_Job],
+        fits: Sequence[Moments],
     ) -> Refit:
         """A column for every output; those of a group have one, and the constant that their own mean asks for."""
         groups, original = self.proposal.equal.get(site.name), self.context.study.weight(site)
         if groups is not None:
+            (job,), (fit,) = jobs, fits
             weight = weight[:, groups.labels]
             added = np.zeros(site.shape[1])
             if self.context.compensation != "none":
                 before = self.context.fitted[self.value].mean_x @ original.astype(np.float64)
-                added = before - fit.mean_x @ weight[rows]
+                added = before - fit.mean_x @ weight[job.rows]
         return Refit(weight.astype(original.dtype), added)
 
     def _constants(self, site: Site) -> NDArray[np.float64]:
@@ -467,11 +490,15 @@ class _Stage:
             yield _Job(np.flatnonzero(used), kept)
             return
         for group in (*range(focus.count), None):
+            # Outputs that keep no input are constants.
             columns = {
                 site.name: np.flatnonzero(
-                    focus.groups[site.name] < 0
-                    if group is None
-                    else focus.groups[site.name] == group
+                    self.proposal.masks[site.name].any(axis=0)
+                    & (
+                        focus.groups[site.name] < 0
+                        if group is None
+                        else focus.groups[site.name] == group
+                    )
                 )
                 for site in self.sites
             }
@@ -500,7 +527,7 @@ class _Stage:
                 weight = np.ones(len(z)) if job.group is None else shares[:, job.group]
                 counts = weight > 0
                 counts[0] |= not counts.any()
-                y = z[counts].astype(np.float64) @ self._columns(wide, job)
+                y = z[counts] @ self._columns(wide, job)
                 accumulator.update(x[np.ix_(counts, job.rows)], y, weight[counts])
         return [accumulator.result() for accumulator in adding]
 

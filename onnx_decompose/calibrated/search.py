@@ -2,8 +2,12 @@
 
 Within a family, a stricter proposal is both faster and less exact, so that halving finds the strictest one inside the
 budget with few plans and few refits. Families come in the order of how fast they may be; one that cannot be faster than
-what was found is not made at all. Errors are measured on the part of the samples to choose on; what is chosen has to
-pass on the part that is held out for claim B, which nothing else ever sees.
+what was found is not made at all.
+
+Inside the budget is what has an upper bound of its error there (``trials``), on samples that it was not fitted to:
+those to choose on, and where these are few, those to fit on in turn as well. What is chosen, and at most two safer ones
+before it, have to pass on the part that is held out for claim B, which nothing else ever sees: the safest first, and
+none behind the first that fails (``analysis.choice``).
 
 What is predicted and measured goes through a journal, so that a search that was interrupted goes on where it was: it
 asks the same questions in the same order, and the answers that are there cost nothing.
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnx_decompose.analysis.choice import last_in_a_row, risk_of_turn, steps
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.evidence import Evidence
 from onnx_decompose.analysis.null import Zero
@@ -32,11 +37,15 @@ from onnx_decompose.calibrated.partition_proposals import partitioned_regions
 from onnx_decompose.calibrated.refitting import (
     CalibrationContext,
     Proposal,
+    annealed_by,
     refitted,
+    rotated_samples,
     split_samples,
 )
 from onnx_decompose.calibrated.removal_proposals import removed_units
+from onnx_decompose.calibrated.site_statistics import HELD_BYTES
 from onnx_decompose.calibrated.support_proposals import supported_groups
+from onnx_decompose.calibrated.trials import Trials
 from onnx_decompose.decomposition.decompose import annealed_model, attempt
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.timing.cost_cache import cost_model
@@ -49,6 +58,7 @@ if TYPE_CHECKING:
     from onnx_decompose.calibrated.families import Family, Generator
     from onnx_decompose.decomposition.decompose import Attempt
     from onnx_decompose.graph.study import Study
+    from onnx_decompose.model.model_io import Model
     from onnx_decompose.options import Options, ProposalKind
     from onnx_decompose.planning.cost import CostModel
     from onnx_decompose.runtime.samples import Samples
@@ -58,7 +68,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["GENERATORS", "Calibrated", "calibrate_within_budget", "context_for"]
+_Place = tuple[int, int]
+"""The number of a family, and a level of it."""
+
+__all__ = ["GENERATORS", "RISK", "Calibrated", "calibrate_within_budget", "context_for"]
+
+RISK = 0.1
+"""Probability that a proposal counts as inside the budget that is not, before the held-out samples are asked."""
+
+EARLY = 0.1
+"""Share of a risk that is spent on accepting a proposal after the first of several turns."""
+
+_MANY = 1000
+"""Samples to choose on that are enough, so that no others take turns."""
+
+_MOST_MOMENTS = 1 << 25
+"""Bytes of second moments of all sites; with more, turns would take too much memory and time."""
 
 GENERATORS: Mapping[ProposalKind, Generator] = {
     "decay": decayed_units,
@@ -102,7 +127,7 @@ def calibrate_within_budget(
     assert inputs.samples is not None
     if inputs.samples.count < 3:
         return f"calibrated annealing needs more samples than {inputs.samples.count}"
-    context = context_for(study, options, inputs.samples, provider, inputs.metric)
+    context, *others = _contexts(study, options, inputs, provider)
     reason = context.too_few() if context.sites else "no site can be refitted"
     if reason is not None:
         return reason
@@ -111,7 +136,7 @@ def calibrate_within_budget(
     if options.resume is not None:
         which = search_digest(study.source, options, inputs, cost, provider)
         journal = Journal(options.resume, which)
-    return _Search(context, options, inputs, cost, journal).best(to_beat)
+    return _Search((context, *others), options, inputs, cost, journal).best(to_beat)
 
 
 def context_for(
@@ -132,6 +157,26 @@ def context_for(
     )
 
 
+def _contexts(
+    study: Study, options: Options, inputs: Inputs, provider: Provider
+) -> list[CalibrationContext]:
+    """The same, and where samples are few, one for each other turn of those to choose on."""
+    samples = inputs.samples
+    assert samples is not None
+    context = context_for(study, options, samples, provider, inputs.metric)
+    read = {site.input: site.shape[0] for site in context.sites}
+    moments = sum(8 * units**2 for units in read.values())
+    if context.parts.choose.count >= _MANY or moments > _MOST_MOMENTS:
+        return [context]
+    turns = rotated_samples(samples, options.seed)
+    return [
+        dataclasses.replace(
+            context, parts=parts, turn=turn, held_bytes=HELD_BYTES // len(turns)
+        )
+        for turn, parts in enumerate(turns)
+    ]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Named:
     """Exactly what a proposal keeps is supported."""
@@ -149,19 +194,24 @@ class _Named:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Look:
-    """What a proposal came to on one part of the samples.
+    """What a proposal came to on the samples to choose on.
 
     Attributes:
-        passed: whether its error is inside the budget.
         error: as measured.
+        used: the share of the budget that the error takes at most, but for the risk; inside it up to 1.
         cost: predicted, over dense, once it was refitted.
         told: all of it, for the report.
     """
 
-    passed: bool
     error: float
+    used: float
     cost: float
     told: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is inside the budget."""
+        return self.used <= 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -179,35 +229,56 @@ class _Waiting:
     strictest: int | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Turn:
+    """The proposals that come of one part of the samples."""
+
+    context: CalibrationContext
+    families: Mapping[str, Family]
+
+    def annealed(self, name: str, level: int) -> Model | None:
+        """The model of a level, or of the next looser one that is not the same; None where this part has none."""
+        family = self.families.get(name)
+        for looser in range(level, 0 if family is None else family.size):
+            proposal = None if family is None else family.at(looser)
+            if proposal is not None:
+                return annealed_by(self.context.study, refitted(self.context, proposal))
+        return None
+
+
 class _Search:
     """One run over all families of proposals."""
 
     def __init__(
         self,
-        context: CalibrationContext,
+        contexts: tuple[CalibrationContext, ...],
         options: Options,
         inputs: Inputs,
         cost: CostModel,
         journal: Journal,
     ) -> None:
-        self._context = context
+        self._context = context = contexts[0]
         self._options = options
         self._cost = cost
         self._journal = journal
+        self._inputs = inputs
         study = context.study
         self._nonzero = sum(int(np.count_nonzero(study.weight(site))) for site in study.sites)
         self._nearest: tuple[float, str] | None = None
         self._costs: dict[tuple[str, bytes], float] = {}
-        self._refitted: dict[tuple[str, int], Attempt] = {}
-        parts = context.parts
-        total = parts.fit.count + parts.choose.count + parts.judge.count
-        told = (
-            f"held out of {total}, {parts.fit.count} to fit and {parts.choose.count} to choose"
-        )
-        self._choosing = dataclasses.replace(inputs, samples=parts.choose, part="to choose on")
-        self._judging = dataclasses.replace(
-            inputs, samples=parts.judge, part=f"{parts.judge.count} samples {told}"
-        )
+        self._refitted: dict[_Place, Attempt] = {}
+        self._looks: dict[_Place, _Look] = {}
+        kinds = options.proposals or GENERATORS
+        self._families = [family for kind in kinds for family in GENERATORS[kind](context)]
+        self._turns = [
+            _Turn(
+                one,
+                {family.name: family for kind in kinds for family in GENERATORS[kind](one)},
+            )
+            for one in contexts
+        ]
+        folds = [one.parts.choose for one in contexts]
+        self._trials = Trials(study.source, folds, inputs, context.provider, options.budget)
 
     def best(self, to_beat: float) -> Calibrated | str:
         """The fastest proposal that passes, or why none does.
@@ -215,87 +286,145 @@ class _Search:
         The family that may have the fastest proposal of all always comes next: first nothing but a bound is known of
         it, then what its strictest proposal is predicted to cost, and then it is searched.
         """
-        kinds = self._options.proposals or GENERATORS
-        families = [family for kind in kinds for family in GENERATORS[kind](self._context)]
         waiting = [
-            _Waiting(self._least(family), number) for number, family in enumerate(families)
+            _Waiting(self._least(family), number)
+            for number, family in enumerate(self._families)
         ]
         heapq.heapify(waiting)
-        best: tuple[Family, int] | None = None
+        searched = 0
+        best: _Place | None = None
         while waiting and waiting[0].cost < to_beat:
             first = heapq.heappop(waiting)
-            family = families[first.number]
             if first.strictest is None:
-                strictest = self._strictest_alive(family)
+                strictest = self._strictest_alive(first.number)
                 if strictest is not None:
-                    cost = self._predicted(family, strictest)
+                    cost = self._predicted((first.number, strictest))
                     heapq.heappush(waiting, _Waiting(cost, first.number, strictest))
                 continue
-            found = self._strictest(family, first.strictest, to_beat)
+            risk = risk_of_turn(RISK, searched)
+            found = self._strictest(first.number, first.strictest, to_beat, risk)
+            searched += 1
             if found is not None:
-                best = family, found
-                to_beat = self._look(family, found, self._judging).cost
+                best, to_beat = found, min(to_beat, self._looks[found].cost)
             self._forget(best)
-        if best is not None:
-            return Calibrated(self._tried(*best), self._judging)
+        return self._judged()
+
+    def _judged(self) -> Calibrated | str:
+        """What passes on the samples that are held out, of the fastest proposal and those that are safer."""
+        inside = [place for place, look in self._looks.items() if look.passed]
+        order = steps(
+            [self._looks[place].cost for place in inside],
+            [self._looks[place].used for place in inside],
+        )
+        refused: list[AnnealingClaim] = []
+        judging = self._judging(len(order))
+
+        def passes(candidate: int) -> bool:
+            tried = self._tried(inside[candidate])
+            claim = self._measured(tried, judging)
+            if not claim:
+                refused.append(claim)
+                self._nearest = claim.error, _told(tried, claim)
+            return bool(claim)
+
+        last = last_in_a_row(order, passes)
+        if last is not None:
+            tried = self._tried(inside[last])
+            looks = order.index(last) + 1 + len(refused)
+            return Calibrated(tried, self._judging(looks))
         if self._nearest is not None:
             return f"calibrated: {self._nearest[1]}"
         return "calibrated: the data lets nothing be removed that would pay"
+
+    def _judging(self, looks: int) -> Inputs:
+        """The samples that are held out, with what was done to the others, and how many proposals saw these."""
+        parts = self._context.parts
+        total = parts.fit.count + parts.choose.count + parts.judge.count
+        told = (
+            f"{parts.judge.count} samples held out of {total}, {parts.fit.count} to fit and {parts.choose.count} to "
+            f"choose{', in turns' if len(self._turns) > 1 else ''}; {len(self._looks)} proposals compared on those, "
+            f"{looks} on the held-out ones"
+        )
+        return dataclasses.replace(self._inputs, samples=parts.judge, part=told)
 
     def _least(self, family: Family) -> float:
         """The share of the weights that a family leaves at least: none of its proposals is predicted to be faster."""
         whole = sum(site.size for site in self._context.study.sites)
         return max(self._nonzero - family.removes, 0) / max(whole, 1)
 
-    def _strictest_alive(self, family: Family) -> int | None:
+    def _strictest_alive(self, number: int) -> int | None:
         """The strictest level that takes the model apart and leaves something of it."""
-        for number in range(family.size):
-            if not math.isinf(self._predicted(family, number)):
-                return number
+        for level in range(self._families[number].size):
+            if not math.isinf(self._predicted((number, level))):
+                return level
         return None
 
-    def _strictest(self, family: Family, first: int, to_beat: float) -> int | None:
-        """The strictest level, from ``first`` on, that passes on both parts and is predicted to beat what was found."""
-        low, high = first, family.size
+    def _strictest(self, number: int, first: int, to_beat: float, risk: float) -> _Place | None:
+        """The strictest level, from ``first`` on, that passes and is predicted to beat what was found."""
+        size = self._families[number].size
+        low, high = first, size
         while low < high:
             middle = (low + high) // 2
-            if self._predicted(family, middle) >= to_beat or self._passing(family, middle):
+            place = number, middle
+            if self._predicted(place) >= to_beat or self._look(place, risk).passed:
                 high = middle
             else:
                 low = middle + 1
-        for number in range(low, family.size):
-            if self._predicted(family, number) >= to_beat:
-                break
-            if self._passing(family, number) and self._inside(family, number, self._judging):
-                return number
-        return None
+        place = number, low
+        beats = low < size and self._predicted(place) < to_beat
+        return place if beats and self._look(place, risk).passed else None
 
-    def _passing(self, family: Family, number: int) -> bool:
-        return self._inside(family, number, self._choosing)
-
-    def _inside(self, family: Family, number: int, inputs: Inputs) -> bool:
-        look = self._look(family, number, inputs)
-        if not look.passed:
-            self._refitted.pop((family.name, number), None)
-            if math.isfinite(look.cost) and (
-                self._nearest is None or look.error < self._nearest[0]
-            ):
-                self._nearest = look.error, look.told
-        return look.passed
-
-    def _look(self, family: Family, number: int, inputs: Inputs) -> _Look:
-        question = f"{family.name} / {number}: error on {inputs.part}"
-        answer = self._journal.recall(
-            question, lambda: dataclasses.asdict(self._measured(family, number, inputs))
-        )
-        return _Look(**answer)
-
-    def _measured(self, family: Family, number: int, inputs: Inputs) -> _Look:
-        tried = self._tried(family, number)
-        if not tried.takes_apart:
-            return _Look(
-                False, math.inf, math.inf, f"{tried.criterion.name} takes nothing apart"
+    def _look(self, place: _Place, risk: float) -> _Look:
+        if place not in self._looks:
+            number, level = place
+            question = f"{self._families[number].name} / {level}: error at a risk of {risk:g}"
+            answer = self._journal.recall(
+                question, lambda: dataclasses.asdict(self._compared(place, risk))
             )
+            look = self._looks[place] = _Look(**answer)
+            if not look.passed:
+                self._refitted.pop(place, None)
+                nearer = self._nearest is None or look.error < self._nearest[0]
+                if math.isfinite(look.cost) and nearer:
+                    self._nearest = look.error, look.told
+        return self._looks[place]
+
+    def _compared(self, place: _Place, risk: float) -> _Look:
+        """The error on the samples to choose on, in all turns unless the first is enough to accept it or to give up."""
+        tried = self._tried(place)
+        name = tried.criterion.name
+        if not tried.takes_apart:
+            return _Look(math.inf, math.inf, math.inf, f"{name} takes nothing apart")
+        blocks = self._trials.compare(0, annealed_model(tried))
+        turns = 1
+        trial = self._trials.judge(blocks, risk)
+        if len(self._turns) > 1:
+            early = self._trials.judge(blocks, EARLY * risk)
+            if early.used <= 1:
+                trial = early
+            elif not trial.hopeless:
+                for turns, turn in enumerate(self._turns[1:], 2):
+                    found = turn.annealed(self._families[place[0]].name, place[1])
+                    if found is None:
+                        told = f"{name} is not there in all samples"
+                        return _Look(math.inf, math.inf, math.inf, told)
+                    blocks += self._trials.compare(turns - 1, found)
+                trial = self._trials.judge(blocks, (1 - EARLY) * risk)
+        samples = sum(turn.context.parts.choose.count for turn in self._turns[:turns])
+        logger.info(
+            "%s: error %.3g, %.3g at most, on %d samples to choose on",
+            name,
+            trial.error,
+            trial.upper,
+            samples,
+        )
+        told = (
+            f"{_what(tried)} the {trial.measure} would be {trial.error:.2g}, {trial.upper:.2g} at most, against a "
+            f"budget of {trial.budget:g} on {samples} samples to choose on"
+        )
+        return _Look(trial.error, trial.used, tried.predicted_cost, told)
+
+    def _measured(self, tried: Attempt, inputs: Inputs) -> AnnealingClaim:
         claim = measure_annealing(
             tried.study.source,
             annealed_model(tried),
@@ -306,26 +435,26 @@ class _Search:
         logger.info(
             "%s: %s %.3g on %s", tried.criterion.name, claim.measure, claim.error, claim.data
         )
-        return _Look(claim.passed, claim.error, tried.predicted_cost, _told(tried, claim))
+        return claim
 
-    def _tried(self, family: Family, number: int) -> Attempt:
+    def _tried(self, place: _Place) -> Attempt:
         """The proposal refitted."""
-        key = family.name, number
-        if key not in self._refitted:
-            proposal = family.at(number)
+        if place not in self._refitted:
+            number, level = place
+            proposal = self._families[number].at(level)
             assert proposal is not None
-            self._refitted[key] = self._attempt(proposal, refitted(self._context, proposal))
-        return self._refitted[key]
+            self._refitted[place] = self._attempt(proposal, refitted(self._context, proposal))
+        return self._refitted[place]
 
-    def _forget(self, kept: tuple[Family, int] | None) -> None:
+    def _forget(self, kept: _Place | None) -> None:
         """Free all refitted weights but those of the best."""
-        key = None if kept is None else (kept[0].name, kept[1])
-        self._refitted = {k: tried for k, tried in self._refitted.items() if k == key}
+        self._refitted = {k: tried for k, tried in self._refitted.items() if k == kept}
 
-    def _predicted(self, family: Family, number: int) -> float:
+    def _predicted(self, place: _Place) -> float:
         """The predicted cost over dense, infinite where nothing is taken apart or nothing is left."""
+        family, level = self._families[place[0]], place[1]
         cost: float = self._journal.recall(
-            f"{family.name} / {number}: predicted cost", lambda: self._planned(family, number)
+            f"{family.name} / {level}: predicted cost", lambda: self._planned(family, level)
         )
         return cost
 
@@ -368,10 +497,16 @@ class _Search:
         )
 
 
-def _told(tried: Attempt, claim: AnnealingClaim) -> str:
+def _what(tried: Attempt) -> str:
     count = tried.substructures
     what = f"{count} substructure{'' if count == 1 else 's'}"
     return (
-        f"at {tried.criterion.name} ({what}, {tried.predicted_cost:.2f} of the time predicted) the {claim.measure} "
-        f"would be {claim.error:.2g} against a budget of {claim.budget:g} on {claim.data}"
+        f"at {tried.criterion.name} ({what}, {tried.predicted_cost:.2f} of the time predicted)"
+    )
+
+
+def _told(tried: Attempt, claim: AnnealingClaim) -> str:
+    return (
+        f"{_what(tried)} the {claim.measure} is {claim.error:.2g} against a budget of {claim.budget:g} "
+        f"on {claim.data}"
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.runtime.sessions import Provider
 
-__all__ = ["Held", "input_moments", "observe"]
+__all__ = ["HELD_BYTES", "Held", "input_moments", "observe"]
 
 HELD_BYTES = 1 << 29
 """Of a model's values on one set of samples; what goes beyond it is computed again."""

@@ -4,7 +4,8 @@ Every unit goes to the group that it serves, and the edges between groups are cu
 
     inputs    the groups themselves (``analysis.support``)
     outputs   the group with which they vary most, as shares of what the group moves
-    between   as much as a unit varies with a group, times what it does to that group's outputs, under equal capacities
+    between   the group that needs it most: each group chooses units until nothing much of its outputs is missing
+              (``analysis.forward``), on its own rows; what no group chose goes
 
 Nothing but inputs is needed: no labels, and no word on which output belongs to which input. An output that varies with
 a group it was never meant for is cut off from it; whether that matters, the metric tells.
@@ -14,22 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.analysis.forward import Need, draft_units
+from onnx_decompose.analysis.gram import MomentAccumulator
 from onnx_decompose.analysis.support import (
     APART,
     Activity,
     ActivityAccumulator,
     SpreadAccumulator,
-    assign,
     coactive_groups,
     influence,
     resting_values,
+    where_it_varies,
 )
 from onnx_decompose.calibrated.families import Family, entries_of
+from onnx_decompose.calibrated.needed_outputs import needed_outputs
 from onnx_decompose.calibrated.refitting import Focus, Proposal
 from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.model.tensors import is_float
@@ -41,17 +44,18 @@ if TYPE_CHECKING:
 
     from onnx_decompose.calibrated.refitting import CalibrationContext
     from onnx_decompose.graph.regions import Region
+    from onnx_decompose.graph.sites import Site
 
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
 
-__all__ = ["LEVELS", "WIDTHS", "supported_groups"]
+__all__ = ["LEVELS", "LOSSES", "outer_labels", "supported_groups"]
 
 LEVELS = (0.0, 0.1, 0.3, 0.6)
 """Smallest phi coefficients of an edge between two inputs."""
 
-WIDTHS = (1.0, 0.75, 0.5, 0.35, 0.25)
-"""Shares of the units between inputs and outputs that may stay."""
+LOSSES = tuple(10.0 ** (-k / 8) for k in range(4, 33))
+"""Shares of the variance that the units between inputs and outputs may cost each group, from strict to loose."""
 
 _RESTING_ROWS = 4096
 """Rows on which resting values are looked for."""
@@ -62,39 +66,19 @@ chance, as those of a frequent word do, and what rests with them is no group of 
 
 
 def supported_groups(context: CalibrationContext) -> Iterator[Family]:
-    """One family per region, level of association, and way of dealing out units; a level of it is a width."""
+    """One family per region and level of association; a level of it is what each group may lose."""
     names = {site.name for site in context.sites}
     for region in context.study.regions:
         if {site.name for site in region.sites} <= names and region.entries:
             survey = functools.cache(functools.partial(_survey, context, region))
             for level in LEVELS:
                 places = functools.cache(functools.partial(_places, context, survey, level))
-                for balanced, focused in itertools.product((True, False), (True, False)):
-                    way = _Way(level, balanced, focused)
-                    yield Family(
-                        f"support({', '.join(filter(None, (region.name, way.told)))})",
-                        len(WIDTHS),
-                        functools.partial(_proposal, places, way),
-                        entries_of(region.sites),
-                    )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Way:
-    """How the units of a region are dealt out to the groups of one level of association."""
-
-    level: float
-    balanced: bool
-    focused: bool
-
-    @property
-    def told(self) -> str:
-        told = (
-            f"level {self.level:g}" if self.level else "",
-            "equal" if self.balanced else "",
-            "own rows" if self.focused else "",
-        )
-        return ", ".join(filter(None, told))
+                yield Family(
+                    f"support({region.name}, level {level:g})",
+                    len(LOSSES),
+                    functools.partial(_proposal, places, level),
+                    entries_of(region.sites),
+                )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +105,7 @@ class _Survey:
 
 
 def _survey(context: CalibrationContext, region: Region) -> _Survey | None:
-    """Count what is active together at the entries; None where they do not go row by row, or hardly ever rest."""
+    """Count what is active together at the entries; None where they do not go row by row, or hardly anything rests."""
     batches = _entries(context, region)
     first: list[NDArray[Any]] = []
     for x in batches:
@@ -156,19 +140,19 @@ def _side_by_side(values: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Places:
-    """What is known of a region's units once its inputs are in groups.
+    """Who serves which group of a region's inputs.
 
     Attributes:
         survey: the region.
-        labels: the group of each unit of the axes where inputs and outputs are.
+        inputs: the group of each input, those of all entries side by side.
         count: number of groups.
-        scores: how much each other unit serves each group, (units, groups) by axis.
+        labels: by level of ``LOSSES``, the group of each unit of every axis.
     """
 
     survey: _Survey
-    labels: Mapping[int, IntArray]
+    inputs: IntArray
     count: int
-    scores: Mapping[int, FloatArray]
+    labels: Sequence[Mapping[int, IntArray]]
 
 
 def _places(
@@ -182,73 +166,164 @@ def _places(
     lower = (
         coactive_groups(found.activity, level=other)[0] for other in LEVELS if other < level
     )
-    if count < 2 or any(np.array_equal(inputs, other) for other in lower):
+    if count < 2:
+        return None
+    if not context.turn and any(np.array_equal(inputs, other) for other in lower):
         return None
     active = (found.activity.alone / found.activity.rows) @ _member(inputs, count)
     if active.mean() > _ALWAYS:
         return None
     region = found.region
     spread = _spreads(context, found, inputs, count)
+    labels = outer_labels(context, found, inputs, spread)
+    reach = _influence(context, region, labels, count)
+    covariances = _covariances(context, found, inputs, count)
+    pool = _Pool(context, region, labels, reach, spread, covariances)
+    return _Places(found, inputs, count, [pool.drafted(loss) for loss in LOSSES])
+
+
+def outer_labels(
+    context: CalibrationContext,
+    survey: _Survey,
+    inputs: IntArray,
+    spread: Mapping[int, FloatArray],
+) -> dict[int, IntArray]:
+    """The group of each input and output of a region, by axis.
+
+    Outputs go where the metric looks at them, as far as it tells, or else where they vary.
+    """
+    region = survey.region
     labels: dict[int, IntArray] = {}
     start = 0
     for name in region.entries:
         size = region.axis_sizes[region.axis_of[name]]
         labels[region.axis_of[name]] = inputs[start : start + size]
         start += size
+    member = _member(inputs, int(inputs.max()) + 1)
     for axis in sorted(region.exit_axes - labels.keys()):
-        labels[axis] = _where_it_varies(spread[axis])
-    reach = _influence(context, region, labels, count)
-    scores = {
-        axis: spread[axis] * reach[axis]
-        for axis in range(len(region.axis_sizes))
-        if axis not in labels
-    }
-    return _Places(found, labels, count, scores)
+        labels[axis] = where_it_varies(spread[axis])
+        exits = [name for name in region.exits if region.axis_of[name] == axis]
+        needed = None
+        if len(exits) == 1:
+            shares = functools.partial(survey.shares, member=member)
+            needed = needed_outputs(context, exits[0], region.entries, shares)
+        if needed is not None:
+            labels[axis] = np.where(needed.any(axis=1), needed.argmax(axis=1), labels[axis])
+    return labels
 
 
-def _proposal(places: Callable[[], _Places | None], way: _Way, number: int) -> Proposal | None:
-    """The proposal of one width, from the narrowest, 0, on."""
-    found, width = places(), WIDTHS[-1 - number]
+def _proposal(
+    places: Callable[[], _Places | None], level: float, number: int
+) -> Proposal | None:
+    """The proposal of one level of ``LOSSES``."""
+    found = places()
     if found is None:
         return None
-    region = found.survey.region
-    placed = dict(found.labels)
-    for axis, scores in found.scores.items():
-        units = max(int(width * region.axis_sizes[axis]), found.count)
-        placed[axis] = _placed(scores, units, balanced=way.balanced)
+    region, placed = found.survey.region, found.labels[number]
     outputs = {site.name: placed[region.axis_of[site.output]] for site in region.sites}
-    inputs = np.concatenate([found.labels[region.axis_of[name]] for name in region.entries])
-    member = _member(inputs, found.count)
+    member = _member(found.inputs, found.count)
 
     def shares(values: Mapping[str, NDArray[Any]]) -> FloatArray:
         return found.survey.shares(values, member)
 
-    told = (f"{found.count} groups", way.told, "" if width == 1 else f"width {width:g}")
+    told = f"level {level:g}, " if level else ""
     return Proposal(
-        f"support({', '.join(filter(None, told))})",
+        f"support({found.count} groups, {told}{LOSSES[number]:.2g} lost)",
         _masks(region, placed),
-        focus=Focus(found.count, region.entries, shares, outputs) if way.focused else None,
+        focus=Focus(found.count, region.entries, shares, outputs),
     )
 
 
-def _placed(scores: FloatArray, units: int, *, balanced: bool) -> IntArray:
-    """The group of each unit between inputs and outputs, ``units`` of them in all."""
-    groups = scores.shape[1]
-    capacity = units // groups if balanced else units
-    return _within(assign(scores, np.full(groups, capacity)), scores, units)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Pool:
+    """The units between the inputs and the outputs of a region, and what groups want of them.
+
+    Attributes:
+        context: the model.
+        region: the region.
+        outer: the group of each input and output, by axis.
+        reach: (units, groups) what every axis does to each group's outputs.
+        spread: (units, groups) variance of every axis within each group.
+        covariances: (H, H) of what each site reads, by value and group, in the rows of the group.
+    """
+
+    context: CalibrationContext
+    region: Region
+    outer: Mapping[int, IntArray]
+    reach: Mapping[int, FloatArray]
+    spread: Mapping[int, FloatArray]
+    covariances: Mapping[tuple[str, int], FloatArray]
+
+    def drafted(self, loss: float) -> dict[int, IntArray]:
+        """The group of each unit of every axis, as many in each as ``loss`` asks for.
+
+        From the outputs on backwards, so that of the axis behind only what was chosen has to be made, each unit as
+        far as it moves the group's outputs.
+        """
+        region = self.region
+        placed = dict(self.outer)
+        readers: dict[int, list[Site]] = {}
+        for site in region.sites:
+            readers.setdefault(region.axis_of[site.input], []).append(site)
+        place = {site: number for number, site in enumerate(region.sites)}
+        last = {axis: max(place[site] for site in sites) for axis, sites in readers.items()}
+        for axis in sorted(readers.keys() - placed.keys(), key=lambda axis: -last[axis]):
+            groups = range(self.reach[axis].shape[1])
+            needs = [
+                [
+                    Need(self.covariances[site.input, group], self._wanted(site, placed, group))
+                    for site in readers[axis]
+                ]
+                for group in groups
+            ]
+            placed[axis] = draft_units(needs, loss, self._belongs(axis)).within(loss)
+        for axis, size in enumerate(region.axis_sizes):
+            placed.setdefault(axis, np.full(size, APART))  # nothing reads it
+        return placed
+
+    def _belongs(self, axis: int) -> FloatArray:
+        """(units, groups) the share of each group in what a unit does: how much it varies, times how far it reaches."""
+        scores = self.spread[axis] * self.reach[axis]
+        scores /= np.maximum(
+            scores.sum(axis=0), 1e-300
+        )  # groups count alike, whatever their scale
+        shares: FloatArray = scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-300)
+        return shares
+
+    def _wanted(self, site: Site, placed: Mapping[int, IntArray], group: int) -> FloatArray:
+        """(K, n) the weight of a site to those of its outputs that a group needs, each as far as it counts."""
+        target = self.region.axis_of[site.output]
+        weight = self.context.study.weight(site).astype(np.float64)
+        columns = np.ones(weight.shape[1], dtype=bool)
+        if target in placed:
+            columns = placed[target] == group
+        counts = np.ones(weight.shape[1])
+        if target not in self.outer:  # the region's own outputs count alike
+            counts = np.sqrt(self.reach[target][:, group])
+        wanted: FloatArray = weight[:, columns] * counts[columns]
+        return wanted
 
 
-def _within(labels: IntArray, scores: FloatArray, units: int) -> IntArray:
-    """At most ``units`` units: those that do most of their group's work."""
-    kept = np.flatnonzero(labels != APART)
-    if kept.size <= units:
-        return labels
-    shares = scores / np.maximum(scores.sum(axis=0), 1e-300)
-    worth = shares[kept, labels[kept]]
-    gone = kept[np.argsort(-worth, kind="stable")[units:]]
-    result = labels.copy()
-    result[gone] = APART
-    return result
+def _covariances(
+    context: CalibrationContext, survey: _Survey, inputs: IntArray, count: int
+) -> dict[tuple[str, int], FloatArray]:
+    """(H, H) of what each site reads between inputs and outputs, by value and group, in the rows of the group."""
+    region = survey.region
+    outer = {region.axis_of[name] for name in region.entries} | set(region.exit_axes)
+    values = list(
+        dict.fromkeys(s.input for s in region.sites if region.axis_of[s.input] not in outer)
+    )
+    adding = {(value, group): MomentAccumulator() for value in values for group in range(count)}
+    member = _member(inputs, count)
+    wanted = list(dict.fromkeys((*region.entries, *values)))
+    samples, held = context.fitting, context.held[context.fitting]
+    for found in observe(context.study.source, wanted, samples, context.provider, held):
+        shares = survey.shares(found, member)
+        for (value, group), accumulator in adding.items():
+            rows = found[value].reshape(-1, found[value].shape[-1])
+            own = shares[:, group] > 0
+            accumulator.update(rows[own], None, shares[own, group])
+    return {key: accumulator.result().xx for key, accumulator in adding.items()}
 
 
 def _spreads(
@@ -279,12 +354,6 @@ def _member(labels: IntArray, count: int) -> FloatArray:
     member = (labels[:, None] == np.arange(count)).astype(np.float64)
     scaled: FloatArray = member / member.sum(axis=0)
     return scaled
-
-
-def _where_it_varies(spread: FloatArray) -> IntArray:
-    """The group with which each output varies most, as a share of what the group moves; ``APART`` for constants."""
-    shares = spread / np.maximum(spread.sum(axis=0), 1e-300)
-    return np.where(spread.max(axis=1) > 0, shares.argmax(axis=1), APART)
 
 
 def _influence(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.runtime.feeds import Feeds
 
-__all__ = ["Samples", "load_inputs", "samples_from_arrays"]
+__all__ = ["Samples", "load_inputs", "samples_from_arrays", "split_indices"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,8 @@ class Samples:
         """
         if self.count < 2:
             raise DataError(f"{self.source}: holds one sample; at least 2 are needed to split")
-        first = min(max(round(share * self.count), 1), self.count - 1)
-        order = rng.permutation(self.count)
-        return self.take(np.sort(order[:first])), self.take(np.sort(order[first:]))
+        first, second = split_indices(np.arange(self.count), rng, share)
+        return self.take(first), self.take(second)
 
     def _part(self, array: NDArray[Any], part: slice) -> NDArray[Any]:
         width = array.shape[0] // self.count
@@ -108,6 +107,15 @@ class Samples:
         width = array.shape[0] // self.count
         parts = array.reshape(self.count, width, *array.shape[1:])[indices]
         return parts.reshape(len(indices) * width, *array.shape[1:])
+
+
+def split_indices(
+    indices: NDArray[np.intp], rng: np.random.Generator, share: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Two disjoint random parts of two indices or more, each in ascending order, the first with about ``share``."""
+    first = min(max(round(share * indices.size), 1), indices.size - 1)
+    order = rng.permutation(indices.size)
+    return np.sort(indices[order[:first]]), np.sort(indices[order[first:]])
 
 
 def load_inputs(path: Path, specs: Sequence[TensorSpec]) -> Samples:

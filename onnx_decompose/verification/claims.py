@@ -11,10 +11,11 @@ from onnx_decompose.errors import OptionError
 from onnx_decompose.runtime.cases import OTHER_SIZES, made_up_cases, sample_cases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from onnx_decompose.model.model_io import Model
+    from onnx_decompose.model.tensors import TensorSpec
     from onnx_decompose.runtime.cases import Case
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.verification.metrics import Deviation, Metric
@@ -26,6 +27,7 @@ __all__ = [
     "StructuralClaim",
     "Tolerance",
     "Validation",
+    "rounding_of",
 ]
 
 
@@ -62,6 +64,15 @@ _TOLERANCES = {
     "float16": Tolerance(1e-2),
     "bfloat16": Tolerance(5e-2),
 }
+
+
+_ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+"""Relative L2 error that float additions in another order can make: no budget can be held below it."""
+
+
+def rounding_of(outputs: Sequence[TensorSpec]) -> float:
+    """The relative L2 error that rounding alone can make of a model's outputs."""
+    return max(_ROUNDING.get(spec.dtype.name, 0.0) for spec in outputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,6 +217,19 @@ class Inputs:
         if self.samples is None:
             return f"random inputs (seed {self.seed}), not real ones"
         return f"{self.samples.source} ({self.part or f'{self.samples.count} samples'})"
+
+    def allowed(self, outputs: Collection[str], budget: float) -> dict[str, float]:
+        """The bound of each output's error, ``budget`` where it has none of its own.
+
+        Raises:
+            OptionError: a budget is for an output that is not there.
+        """
+        unknown = self.budgets.keys() - set(outputs)
+        if unknown:
+            raise OptionError(
+                f"output budget for {min(unknown)!r}: the model's outputs are {', '.join(map(repr, outputs))}"
+            )
+        return {name: self.budgets.get(name, budget) for name in outputs}
 
     def cases(self, model: Model, other: tuple[int, ...] = OTHER_SIZES[0]) -> Iterator[Case]:
         """Made-up cases, then the user's; claim B is measured on the user's alone where there are any.

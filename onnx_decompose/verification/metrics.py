@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
     from onnx_decompose.runtime.feeds import Feeds
 
-__all__ = ["TOP1", "Deviation", "DeviationAccumulator", "Metric", "MetricDrops", "load_metric"]
+__all__ = [
+    "TOP1",
+    "Deviation",
+    "DeviationAccumulator",
+    "Metric",
+    "MetricDrops",
+    "disagreements",
+    "load_metric",
+]
 
 
 TOP1 = "top1"
@@ -103,6 +111,19 @@ class DeviationAccumulator:
             same = reference.argmax(axis=-1) == other.argmax(axis=-1)
             self._rows += same.size
             self._same_top += int(np.count_nonzero(same))
+
+    @classmethod
+    def joined(cls, parts: Iterable[DeviationAccumulator]) -> DeviationAccumulator:
+        """Everything that ``parts`` compared."""
+        found = cls()
+        for part in parts:
+            for name, value in vars(part).items():
+                before = getattr(found, name)
+                joint = (
+                    max(before, value) if name in {"_max_abs", "_discrete"} else before + value
+                )
+                setattr(found, name, joint)
+        return found
 
     def result(self) -> Deviation:
         """The deviation over everything so far; all zero before the first batch."""
@@ -309,6 +330,24 @@ class MetricDrops:
     def _together(self) -> list[dict[str, float]]:
         inputs, before, after = (_joined([one[k] for one in self._whole]) for k in range(3))
         return [self._metric.values(inputs, outputs) for outputs in (before, after)]
+
+
+def disagreements(outputs: Mapping[str, Deviation]) -> dict[str, float]:
+    """The share of rows whose largest entry is at another place, of each output that has such rows.
+
+    Raises:
+        DataError: none has.
+    """
+    found = {
+        name: 1.0 - deviation.top1_agreement
+        for name, deviation in outputs.items()
+        if deviation.top1_agreement is not None
+    }
+    if not found:
+        raise DataError(
+            "metric top1: no output has rows of two or more numbers; name a metric of your own"
+        )
+    return found
 
 
 def _joined(parts: Sequence[Feeds]) -> Feeds:

@@ -13,7 +13,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-from onnx_decompose.errors import DataError, ModelError, OptionError
+from onnx_decompose.errors import ModelError
 from onnx_decompose.model.metadata import carry_the_same, read_decomposition
 from onnx_decompose.model.tensors import graph_inputs, graph_outputs
 from onnx_decompose.runtime.cases import is_large, open_model, runnable
@@ -23,9 +23,10 @@ from onnx_decompose.verification.claims import (
     StructuralClaim,
     Tolerance,
     Validation,
+    rounding_of,
 )
 from onnx_decompose.verification.equivalence import measure_structural
-from onnx_decompose.verification.metrics import DeviationAccumulator, MetricDrops
+from onnx_decompose.verification.metrics import DeviationAccumulator, MetricDrops, disagreements
 from onnx_decompose.verification.proof import annealed_model, prove_structure
 
 if TYPE_CHECKING:
@@ -48,10 +49,6 @@ __all__ = [
     "structural_claim",
     "validate_models",
 ]
-
-
-_ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
-"""Relative L2 error that float additions in another order can make: no budget can be held below it."""
 
 
 def validate_models(
@@ -151,54 +148,29 @@ def measure_annealing(
     if drops is not None:
         error, measure, rounding = max(drops.result().values()), "drop of the metric", 0.0
     elif inputs.agreement:
-        error, measure, rounding = _disagreement(outputs), "share of other top-1 answers", 0.0
+        error = max(disagreements(outputs).values())
+        measure, rounding = "share of other top-1 answers", 0.0
     else:
         # Two graphs that are equal in exact arithmetic still differ by the order of their additions.
-        rounding = max(_ROUNDING.get(s.dtype.name, 0.0) for s in reference.outputs)
-        error, measure, budget = _worst_output(outputs, inputs.budgets, budget, rounding)
+        rounding = rounding_of(reference.outputs)
+        error, measure, budget = _worst_output(outputs, inputs, budget, rounding)
     passed = bool(error <= max(budget, rounding))
     return AnnealingClaim(passed, float(error), budget, inputs.data, measure, outputs)
 
 
 def _worst_output(
-    outputs: Mapping[str, Deviation],
-    budgets: Mapping[str, float],
-    budget: float,
-    rounding: float,
+    outputs: Mapping[str, Deviation], inputs: Inputs, budget: float, rounding: float
 ) -> tuple[float, str, float]:
-    """The error of the output that is nearest to its budget or farthest beyond it, what it is, and that budget.
-
-    Raises:
-        OptionError: a budget is for an output that is not there.
-    """
-    unknown = budgets.keys() - outputs.keys()
-    if unknown:
-        raise OptionError(
-            f"output budget for {min(unknown)!r}: the model's outputs are {', '.join(map(repr, outputs))}"
-        )
-    if not budgets:
+    """The error of the output that is nearest to its budget or farthest beyond it, what it is, and that budget."""
+    allowed = inputs.allowed(outputs, budget)
+    if not inputs.budgets:
         worst = max(deviation.relative_l2 for deviation in outputs.values())
         return worst, "relative L2 error", budget
-    allowed = {name: budgets.get(name, budget) for name in outputs}
     name = max(
         outputs,
         key=lambda name: outputs[name].relative_l2 / max(allowed[name], rounding, 1e-300),
     )
     return outputs[name].relative_l2, f"relative L2 error of output '{name}'", allowed[name]
-
-
-def _disagreement(outputs: Mapping[str, Deviation]) -> float:
-    """The largest share of rows whose largest entry is at another place, over the outputs that have such rows.
-
-    Raises:
-        DataError: none has.
-    """
-    found = [d.top1_agreement for d in outputs.values() if d.top1_agreement is not None]
-    if not found:
-        raise DataError(
-            "metric top1: no output has rows of two or more numbers; name a metric of your own"
-        )
-    return 1.0 - min(found)
 
 
 def _check_interface(original: Model, rewritten: Model) -> None:

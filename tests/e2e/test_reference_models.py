@@ -21,7 +21,7 @@ from onnx_decompose.calibrated.refitting import (
     refitted,
     split_samples,
 )
-from onnx_decompose.calibrated.support_proposals import supported_groups
+from onnx_decompose.calibrated.support_proposals import LOSSES, supported_groups
 from onnx_decompose.decomposition.gather import gather_all
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import load_model
@@ -185,7 +185,7 @@ def test_multitask_dense_falls_apart_by_what_is_active_together(
     samples = load_inputs(MODELS / "multitask_dense_calibration.npz", graph_inputs(model.proto))
     context = CalibrationContext(study_model(model), split_samples(samples, 0), Provider.CPU)
     family = next(supported_groups(context))
-    proposal = family.at(family.size - 1)  # the widest
+    proposal = family.at(LOSSES.index(1e-3))
     assert proposal is not None
     found = state_components(
         (111, 1024, 512, 18),
@@ -197,7 +197,11 @@ def test_multitask_dense_falls_apart_by_what_is_active_together(
     after = annealed_by(context.study, refitted(context, proposal))
     with np.load(MODELS / "multitask_dense_inputs.npz") as arrays:
         inputs = dict(arrays)
-    session = open_model(after, Provider.CPU)
-    reached = metrics.task_accuracy(inputs, session.run({"input": inputs["input"]}))
-    told = provenance("multitask_dense")["accuracy"]["test"]
-    assert all(reached[task] >= told[task] - 0.01 for task in told)
+    # Of a task with 30 samples accuracy goes by 3.3 points; what every sample adds to the likelihood tells more.
+    before, reached = (
+        metrics.task_likelihood(
+            inputs, open_model(one, Provider.CPU).run({"input": inputs["input"]})
+        )
+        for one in (model, after)
+    )
+    assert all(reached[task] > before[task] - 0.04 for task in before)

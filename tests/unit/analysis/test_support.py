@@ -9,10 +9,10 @@ from onnx_decompose.analysis.support import (
     Activity,
     ActivityAccumulator,
     SpreadAccumulator,
-    assign,
     coactive_groups,
     influence,
     resting_values,
+    where_it_varies,
 )
 
 GROUPS = np.repeat([0, 1, 2], [6, 4, 2])
@@ -147,19 +147,18 @@ def test_influence_sums_squares_over_a_group_s_outputs() -> None:
     np.testing.assert_array_equal(influence(weight, target), [[1, 4], [9, 0]])
 
 
-class TestAssign:
-    def test_each_to_the_group_that_it_serves(self) -> None:
-        scores = np.array([[9.0, 1.0], [1.0, 9.0], [8.0, 2.0], [2.0, 8.0]])
-        np.testing.assert_array_equal(assign(scores, np.array([2, 2])), [0, 1, 0, 1])
+class TestWhereOutputsVary:
+    def test_constants_are_apart(self) -> None:
+        spread = np.array([[2.0, 0.1], [0.0, 0.0], [0.1, 3.0]])
+        np.testing.assert_array_equal(where_it_varies(spread), [0, APART, 1])
 
-    def test_capacity_sends_the_least_clear_elsewhere(self) -> None:
-        scores = np.array([[9.0, 1.0], [8.0, 2.0], [7.0, 6.0], [0.0, 0.5]])
-        np.testing.assert_array_equal(assign(scores, np.array([2, 2])), [0, 0, 1, 1])
+    def test_groups_of_small_numbers_have_their_outputs(self) -> None:
+        spread = np.array([[900.0, 0.01], [1000.0, 1e-3], [1.0, 0.1]])
+        np.testing.assert_array_equal(where_it_varies(spread), [0, 0, 1])
 
-    def test_what_serves_none_or_finds_no_room_is_apart(self) -> None:
-        scores = np.array([[3.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
-        np.testing.assert_array_equal(assign(scores, np.array([1, 1])), [0, APART, APART])
-
-    def test_a_group_of_small_numbers_gets_its_units_too(self) -> None:
-        scores = np.array([[1000.0, 0.0], [900.0, 1e-3], [800.0, 0.0], [700.0, 0.0]])
-        assert assign(scores, np.array([4, 4]))[1] == 1
+    def test_one_of_many_outputs_is_not_lost_to_a_group_of_few(self) -> None:
+        """Ten outputs share what the first group moves, two what the second moves; one of the ten varies with both."""
+        spread = np.zeros((12, 2))
+        spread[:10, 0], spread[10:, 1] = 2.0, 2.0
+        spread[2] = 1.6, 0.7
+        np.testing.assert_array_equal(where_it_varies(spread), [0] * 10 + [1] * 2)
