@@ -17,9 +17,6 @@ from onnx_decompose.analysis.choice import bounded
 from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME, open_model
 from onnx_decompose.verification.claims import rounding_of
 from onnx_decompose.verification.metrics import DeviationAccumulator, MetricDrops, disagreements
-    DeviationAccumulator,
-    disagreements,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
