@@ -9,7 +9,7 @@ from onnx_decompose.console import show_claims, show_report, show_timing
 from onnx_decompose.errors import ClaimError, InputError
 from onnx_decompose.model.model_io import load_model
 from onnx_decompose.model.tensors import graph_inputs
-from onnx_decompose.options import Options, ProposalKind
+from onnx_decompose.options import Options
 from onnx_decompose.pipeline import analyze, bench, rewrite, validate
 from onnx_decompose.reporting.report import write_json
 from onnx_decompose.runtime.cases import open_model
@@ -35,7 +35,6 @@ class _Job:
         told: what it is.
         metric: of ``metrics.py`` beside the models, for the rewrite.
         budget: of the rewrite.
-        proposals: kinds of proposals of a calibrated rewrite.
     """
 
     model: str
@@ -43,7 +42,6 @@ class _Job:
     told: str
     metric: str | None = None
     budget: float = 0.01
-    proposals: tuple[ProposalKind, ...] = ()
 
 
 _JOBS = (
@@ -63,7 +61,6 @@ _JOBS = (
         "one MLP for four data sets, trained as usual: taken apart by what is active together",
         "task_likelihood",
         0.02,
-        ("support",),
     ),
 )
 
@@ -98,7 +95,6 @@ def _run(job: _Job, models: Path, output: Path, console: Console) -> None:
         calibration=models / f"{job.model}_calibration.npz",
         metric=None if job.metric is None else f"{metrics}:{job.metric}",
         budget=job.budget,
-        proposals=job.proposals,
     )
     console.rule(f"{job.model}: {job.told}")
     found = analyze(original, options)
