@@ -39,6 +39,8 @@ _DRAWS = 3
 _LARGEST_MOVES = 0.5
 """The power of a type's last bit by which inputs are moved right beside: that far every rounding is another, while
 those of inputs a last bit apart were found to be alike behind a few layers."""
+_NEXT_TO_NOTHING = {"zeros", "tiny", "denormal"}
+"""Kinds of made-up inputs that are small against any bias."""
 _SLOW_RUNS = 3
 """Runs, of each kind of inputs, of a reference that goes node by node."""
 _MOST_SECONDS = 5.0
@@ -161,7 +163,7 @@ class _Beside:
 
     def errors(self, case: Case, name: str) -> Iterator[tuple[float, float]]:
         """Pairs of errors of an output, the annealed model's first; the second is infinite where it has no error."""
-        for number, feeds in enumerate(_moved(case.feeds, DRAWS)):
+        for number, feeds in enumerate(_moved(case, DRAWS)):
             key = case.label, number
             if key not in self._errors:
                 self._errors[key] = self._measured(feeds)
@@ -265,25 +267,28 @@ def _last_bits_moved(feeds: Feeds, draws: int) -> Iterator[Feeds]:
         }
 
 
-def _moved(feeds: Feeds, draws: int) -> Iterator[Feeds]:
-    """Inputs with every float moved at random, by up to the root of its last bit; nothing where none can be.
+def _moved(case: Case, draws: int) -> Iterator[Feeds]:
+    """Inputs with every float moved at random, by up to the root of its type's last bit; nothing where none can be.
 
-    Inputs that hold whole numbers alone stay as they are: numbers of things, masks, zeros.
+    By that share of itself; by that much where the inputs are made up to be nothing, as a share of which moves no
+    rounding behind a bias. Elsewhere, whole numbers stay as they are where an input holds nothing else: they may be
+    numbers of things, or a mask.
     """
     rng = np.random.default_rng(0)
+    nothing = case.kind in _NEXT_TO_NOTHING
     movable = {
         name: (array, float(ml_dtypes.finfo(array.dtype).eps) ** _LARGEST_MOVES)  # type: ignore[no-untyped-call]
-        for name, array in feeds.items()
-        if is_float(array.dtype) and not np.array_equal(array, np.rint(array))
+        for name, array in case.feeds.items()
+        if is_float(array.dtype) and (nothing or not np.array_equal(array, np.rint(array)))
     }
     if not movable:
         return
     for _ in range(draws):
-        moved = {
-            name: (array * (1 + most * rng.uniform(-1, 1, array.shape))).astype(array.dtype)
-            for name, (array, most) in movable.items()
-        }
-        yield {**feeds, **moved}
+        moved = {}
+        for name, (array, most) in movable.items():
+            by = most * rng.uniform(-1, 1, array.shape)
+            moved[name] = (array + (by if nothing else array * by)).astype(array.dtype)
+        yield {**case.feeds, **moved}
 
 
 def _spread(case: Case, session: Session, expected: Feeds, got: Feeds) -> str | None:

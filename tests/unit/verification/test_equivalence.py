@@ -71,14 +71,18 @@ def test_a_fault_gains_nothing_by_it() -> None:
 FORWARDS, BACKWARDS = (0, 1, 2, 3, 4, 5, 6, 7), (4, 5, 6, 7, 0, 1, 2, 3)
 
 
-def a_sum(order: tuple[int, ...], fault: float = 0.0) -> Model:
-    """The sum of eight numbers, one after the other, and ``fault`` times the first of them."""
+def chain(order: tuple[int, ...]) -> str:
+    """Nodes that add up x in this order, and a fault that its first entry makes."""
     names = [f"x{number}" for number in range(8)]
     lines = [f"{', '.join(names)} = Split<axis=1>(x)", f"s0 = Identity(x{order[0]})"]
     for number, place in enumerate(order[1:]):
         lines.append(f"s{number + 1} = Add(s{number}, x{place})")
-    lines += ["off = Mul(x0, fault)", "y = Add(s7, off)"]
-    text = f"g (float[B, 8] x) => (float[B, 1] y) {{ {' '.join(lines)} }}"
+    return " ".join([*lines, "off = Mul(x0, fault)"])
+
+
+def a_sum(order: tuple[int, ...], fault: float = 0.0) -> Model:
+    """The sum of eight numbers, one after the other, and ``fault`` times the first of them."""
+    text = f"g (float[B, 8] x) => (float[B, 1] y) {{ {chain(order)} y = Add(s7, off) }}"
     return Model(parse(text, {"fault": np.asarray(fault, np.float32)}))
 
 
@@ -123,6 +127,21 @@ def test_whole_numbers_are_not_moved_and_acquit_nobody() -> None:
     assert not measure_structural(
         a_sum(FORWARDS), a_sum(BACKWARDS), inputs=given, provider=Provider.CPU
     )
+
+
+@pytest.mark.parametrize("fault", [0.0, 3e-2])
+def test_luck_where_inputs_are_nothing(fault: float) -> None:
+    """Biases alone make the output, and one sum of them is unlucky: zeros are moved, too, and tell it from a fault."""
+    biases = nearly_nothing()
+    models = []
+    for order, wrong in ((FORWARDS, 0.0), (BACKWARDS, fault)):
+        text = f"""g (float[B, 8] small) => (float[B, 1] y) {{
+            x = Add(small, biases) {chain(order)} y = Add(s7, off)
+        }}"""
+        given = {"biases": biases, "fault": np.asarray(wrong / biases[0, 0], np.float32)}
+        models.append(Model(parse(text, given)))
+    found = measure_structural(*models, inputs=Inputs(), provider=Provider.CPU)
+    assert bool(found) is (not fault), found.reason
 
 
 def test_a_slow_reference_still_answers_for_a_suspect(monkeypatch: pytest.MonkeyPatch) -> None:
