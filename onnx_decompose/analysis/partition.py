@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Energy", "Partition", "balanced", "kept_share", "partition"]
 
 _POWER_STEPS = 100
+_MOST_EXACT = 2048
+"""Units of a layer: an assignment of that many to as many places takes seconds."""
 _MEANS_STEPS = 20
 _SWEEPS = 50
 _WORTH_A_SWEEP = 1e-3
@@ -105,6 +107,9 @@ def kept_share(labels: Sequence[IntArray], edges: Sequence[Energy]) -> float:
 def balanced(scores: FloatArray) -> IntArray:
     """The assignment of the largest total score in which no group has more than units / groups, rounded up.
 
+    For three groups or more of many units it is only nearly the best, as the best one takes the square of the units in
+    memory, and more than that in time: the units that would lose most by their second choice go first.
+
     Args:
         scores: (units, groups).
 
@@ -120,9 +125,40 @@ def balanced(scores: FloatArray) -> IntArray:
         labels = np.ones(units, dtype=np.intp)
         labels[np.argsort(-gain, kind="stable")[:first]] = 0
         return labels
+    if units > _MOST_EXACT:
+        return _clearest_first(scores, room)
     rows, places = linear_sum_assignment(np.repeat(scores, room, axis=1), maximize=True)
     labels = np.empty(units, dtype=np.intp)
     labels[rows] = places // room
+    return labels
+
+
+def _clearest_first(scores: FloatArray, room: int) -> IntArray:
+    """Group after group that is full is closed, and what is left of the units has to choose anew."""
+    units, groups = scores.shape
+    labels = np.full(units, -1, dtype=np.intp)
+    open_scores = scores.astype(np.float64)
+    left = np.full(groups, room)
+    waiting = np.arange(units)
+    while waiting.size:
+        among = open_scores[waiting]
+        best = among.argmax(axis=1)
+        chosen = among[np.arange(waiting.size), best]
+        among[np.arange(waiting.size), best] = -np.inf
+        second = among.max(axis=1)
+        regret = np.where(np.isfinite(second), chosen - second, np.inf)
+        order = np.argsort(-regret, kind="stable")
+        # Up to the first unit that finds its group full, all have what they want.
+        rank = np.empty(waiting.size, dtype=np.intp)
+        for group in range(groups):
+            mine = order[best[order] == group]
+            rank[mine] = np.arange(mine.size)
+        full = np.flatnonzero(rank[order] >= left[best[order]])
+        taken = order[: full[0]] if full.size else order
+        labels[waiting[taken]] = best[taken]
+        left -= np.bincount(best[taken], minlength=groups)
+        open_scores[:, left == 0] = -np.inf
+        waiting = np.delete(waiting, taken)
     return labels
 
 

@@ -98,3 +98,22 @@ def test_the_balanced_assignment_is_the_best_one() -> None:
     scores = np.array([[5.0, 4.0], [4.0, 1.0], [3.0, 3.0], [9.0, 0.0]])
     # Unit 2 loses nothing by group 1, unit 0 the least of the others.
     assert balanced(scores).tolist() == [1, 0, 1, 0]
+
+
+def test_many_units_are_assigned_nearly_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    for units, groups in ((300, 4), (301, 8), (64, 3)):
+        scores = rng.exponential(size=(units, groups)) * np.geomspace(1, 3, groups)
+        best = balanced(scores)
+        monkeypatch.setattr("onnx_decompose.analysis.partition._MOST_EXACT", 10)
+        found = balanced(scores)
+        monkeypatch.undo()
+        assert np.bincount(found, minlength=groups).max() <= -(-units // groups)
+        rows = np.arange(units)
+        assert scores[rows, found].sum() > 0.97 * scores[rows, best].sum()
+
+
+def test_a_vocabulary_in_eight_groups_takes_no_square_of_it() -> None:
+    scores = np.random.default_rng(9).exponential(size=(100_000, 8))
+    found = balanced(scores)
+    assert np.bincount(found).tolist() == [12_500] * 8
