@@ -39,6 +39,7 @@ __all__ = [
     "where_it_varies",
 ]
 
+_MOST_COUNTED = 1 << 24
 APART = -1
 """Label of a unit that is in no group."""
 
@@ -108,9 +109,10 @@ class ActivityAccumulator:
 
     def update(self, x: NDArray[Any]) -> None:
         """Add the rows of ``x``, (..., K)."""
-        active = self.active(x)
+        active = self.active(x).astype(np.float32)  # counts up to 2^24 are exact
         self._rows += active.shape[0]
-        self._together += active.T @ active
+        for part in np.array_split(active, 1 + active.shape[0] // _MOST_COUNTED):
+            self._together += part.T @ part
 
     def active(self, x: NDArray[Any]) -> FloatArray:
         """(rows, K) 1 where a unit is active, 0 where it rests."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.errors import DataError
 from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME, open_model
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.runtime.feeds import Feeds
+    from onnx_decompose.verification.metrics import Metric
 
     FloatArray = NDArray[np.float64]
 
@@ -50,8 +53,9 @@ def needed_outputs(
         shares: from them the (rows, groups) share of each group in each row.
 
     Returns:
-        None where nothing can be said: there is no metric, ``output`` is none of the model's outputs or has other rows
-        than the entries, the entries are no inputs, or there are too many questions.
+        None where nothing can be said: there is no metric, or it has no number for such outputs; ``output`` is none of
+        the model's outputs or has other rows than the entries, the entries are no inputs, or there are too many
+        questions.
     """
     graph, metric = context.study.source.proto.graph, context.metric
     if (
@@ -73,19 +77,39 @@ def needed_outputs(
     if share.shape[0] != values.size // units or 2 * units * share.shape[1] > _MOST_QUESTIONS:
         return None
     group = np.where(share.max(axis=1) > 0, share.argmax(axis=1), -1)
+    try:
+        needed = _asked(
+            metric, inputs, outputs, output, group[:, None] == np.arange(share.shape[1])
+        )
+    except DataError as error:
+        logger.info("the metric does not tell which outputs are needed: %s", error)
+        return None
+    logger.info("the metric looks at %d of %d outputs", int(needed.any(axis=1).sum()), units)
+    return needed
+
+
+def _asked(
+    metric: Metric,
+    inputs: Feeds,
+    outputs: Feeds,
+    output: str,
+    rows_of: NDArray[np.bool_],
+) -> FloatArray:
+    """(N, groups) the metric's changes; ``rows_of`` is (rows, groups)."""
+    values = outputs[output]
+    units = values.shape[-1]
     before = metric.values(inputs, outputs)
-    needed = np.zeros((units, share.shape[1]))
+    needed = np.zeros((units, rows_of.shape[1]))
     low, high = values.min(), values.max()
     for number, unit, far in itertools.product(
-        range(share.shape[1]), range(units), (2 * high - low, 2 * low - high)
+        range(needed.shape[1]), range(units), (2 * high - low, 2 * low - high)
     ):
         wrong = values.copy()
-        wrong.reshape(-1, units)[group == number, unit] = far
+        wrong.reshape(-1, units)[rows_of[:, number], unit] = far
         after = metric.values(inputs, {**outputs, output: wrong})
         needed[unit, number] += sum(
             abs(value - after.get(name, value)) for name, value in before.items()
         )
-    logger.info("the metric looks at %d of %d outputs", int(needed.any(axis=1).sum()), units)
     return needed
 
 

@@ -84,3 +84,16 @@ def test_a_constant_metric_needs_nothing(rng: np.random.Generator) -> None:
     found = needed_outputs(context(rng, Metric("one", lambda *_: 1.0)), "y", ["x"], shares)
     assert found is not None
     assert not found.any()
+
+
+def picky(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> float:
+    """Defined within the range of what the model makes."""
+    if np.abs(outputs["y"]).max() > np.abs(inputs["wanted"]).max() + 1e-3:
+        raise ValueError("out of range")
+    return 1.0
+
+
+def test_a_metric_without_a_number_for_wrong_outputs_says_nothing(
+    rng: np.random.Generator,
+) -> None:
+    assert needed_outputs(context(rng, Metric("picky", picky)), "y", ["x"], shares) is None
