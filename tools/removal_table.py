@@ -4,8 +4,8 @@
 
 Means over all models and draws, with the standard error of the mean over *models* (draws of one model share its
 weights, so that they are averaged first); of one model alone, over its draws. Then, of every method, its ratio to
-another one on the same model, draw and share: the geometric mean, from the smallest to the largest, and in how many of
-the pairs it is better.
+another one on the same model, draw and share: the geometric mean, its 95 % interval (Student's t, over the same units
+as the standard error), and in how many of the pairs it is smaller.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 Key = tuple[str, int]
 """Model and draw."""
@@ -77,10 +78,15 @@ def _ratio(values: dict[Key, float], base: dict[Key, float]) -> str:
     shared = sorted(values.keys() & base.keys())
     if not shared:
         return ""
-    ratios = np.array([values[key] / base[key] for key in shared])
-    mean = float(np.exp(np.log(ratios).mean())) if (ratios > 0).all() else float("nan")
-    better = int((ratios < 1).sum())
-    return f"{mean:.3f} ({ratios.min():.3f} to {ratios.max():.3f}), less in {better} of {len(shared)}"
+    ratios = {key: values[key] / base[key] for key in shared}
+    better = sum(ratio < 1 for ratio in ratios.values())
+    if min(ratios.values()) <= 0:  # a loss in nats may be a gain
+        return f"less in {better} of {len(shared)}"
+    mean, error = mean_and_error({key: float(np.log(ratio)) for key, ratio in ratios.items()})
+    units = len({model for model, _ in shared})
+    wide = error * float(stats.t.ppf(0.975, (units if units > 1 else len(shared)) - 1))
+    low, high = np.exp([mean - wide, mean + wide])
+    return f"{np.exp(mean):.3f} ({low:.3f} to {high:.3f}), less in {better} of {len(shared)}"
 
 
 if __name__ == "__main__":

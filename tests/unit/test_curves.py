@@ -62,14 +62,19 @@ def test_draws_of_one_model_count_once() -> None:
 def test_methods_are_compared_in_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Ratios of 1/2, 1/4 and 1/8, whatever the size of the error: log2 is -2 +- 4.30 / sqrt(3), by Student's t."""
     rows = [
         {"model": model, "draw": 0, "method": method, "share": 0.1, "error": error}
-        for model, base in (("a", 1.0), ("b", 100.0))
-        for method, error in (("obs", base), ("greedy", base * (0.5 if model == "a" else 2.0)))
+        for model, base, ratio in (("a", 1.0, 1 / 2), ("b", 100.0, 1 / 4), ("c", 1e-3, 1 / 8))
+        for method, error in (("obs", base), ("greedy", base * ratio))
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["removal_table", str(file)])
     removal_table._main()
     printed = capsys.readouterr().out
-    assert "| greedy | 1.000 (0.500 to 2.000), less in 1 of 2 |" in printed
+    wide = 4.302653 / np.sqrt(3)
+    told = (
+        f"| greedy | 0.250 ({2 ** (-2 - wide):.3f} to {2 ** (-2 + wide):.3f}), less in 3 of 3 |"
+    )
+    assert told in printed
