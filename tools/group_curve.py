@@ -55,10 +55,10 @@ def report_scores(
     context: CalibrationContext, test: Samples, metric: Metric, every: int
 ) -> None:
     """The test scores of every few proposals of both kinds."""
-    scores = _scores(context.study.source, test, metric)
-    print(f"\n| units | outputs | weights left | {' | '.join(scores)} |")
-    print("|---|---|---|" + "---|" * len(scores))
-    print(_line("as it is", "", 1.0, scores), flush=True)
+    before = scores(context.study.source, test, metric)
+    print(f"\n| units | outputs | weights left | {' | '.join(before)} |")
+    print("|---|---|---|" + "---|" * len(before))
+    print(_line("as it is", "", 1.0, before), flush=True)
     for outputs, asked, generator in (
         ("where they vary", None, supported_groups),
         ("where they vary", None, group_networks),
@@ -69,7 +69,7 @@ def report_scores(
             proposals = [p for p in family if not p.keeps_nothing][::-every]
             for proposal in proposals:
                 after = annealed_by(seen.study, refitted(seen, proposal))
-                found = _scores(after, test, metric)
+                found = scores(after, test, metric)
                 print(_line(proposal.name, outputs, _left(proposal), found), flush=True)
 
 
@@ -83,7 +83,8 @@ def _left(proposal: Proposal) -> float:
     return sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
 
 
-def _scores(model: Model, samples: Samples, metric: Metric) -> dict[str, float]:
+def scores(model: Model, samples: Samples, metric: Metric) -> dict[str, float]:
+    """The metric's values on all samples at once."""
     ((feeds, extras),) = samples.batches(samples.count)
     return metric.values({**feeds, **extras}, open_model(model, Provider.CPU).run(feeds))
 
