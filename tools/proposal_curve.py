@@ -2,7 +2,8 @@
 
     python -m tools.proposal_curve MODEL.onnx CALIBRATION.npz TEST.npz --kind inputs --metric MODULE:FUNCTION
 
-Every few levels of each family are refitted (``--compensation mean`` is quick: biases alone) and scored.
+Every few levels of each family are refitted (``--compensation mean`` is quick: biases alone), to the given samples
+without made-up neighbours, and scored.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def _main() -> None:
         Provider.CPU,
         options.seed,
         options.compensation,
+        neighbours=False,
         metric=metric,
     )
     before = scores(model, test, metric)

@@ -30,13 +30,9 @@ from onnx_decompose.calibrated.removal_proposals import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numpy.typing import NDArray
-
     from onnx_decompose.calibrated.refitting import CalibrationContext
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
-
-    IntArray = NDArray[np.intp]
 
 __all__ = ["spare_inputs"]
 
@@ -60,8 +56,8 @@ class _EntryAxis:
     readers: tuple[Site, ...]
     size: int
 
-    def gone(self, context: CalibrationContext, loss: float) -> IntArray:
-        """The inputs that go if ``loss`` of the readers' variance may be lost, each reader's its own."""
+    def removal(self, context: CalibrationContext) -> Removal:
+        """The inputs, least first, and the share of each reader's variance that is lost with them, added up."""
         adds = np.zeros(self.size)
         for site in self.readers:
             variance = np.maximum(np.diagonal(context.fit[site.input].xx), 0.0)
@@ -69,7 +65,7 @@ class _EntryAxis:
             power = float(context.power(site, context.fit).sum())
             adds += variance * np.einsum("ij,ij->i", wide, wide) / max(power, 1e-300)
         order = np.argsort(adds, kind="stable")
-        return order[: np.searchsorted(np.cumsum(adds[order]), loss, side="right")]
+        return Removal(order, np.cumsum(adds[order]))
 
 
 def spare_inputs(context: CalibrationContext) -> Iterator[Family]:
@@ -101,11 +97,15 @@ def _fewer(context: CalibrationContext, axes: list[_EntryAxis]) -> Family:
     total = sum(axis.size for axis in axes), sum(axis.size for axis in hidden)
 
     @functools.cache
+    def inputs() -> list[Removal]:
+        return [axis.removal(context) for axis in axes]
+
+    @functools.cache
     def orders() -> list[Removal]:
         return [removal_order(readers_of(context, axis)) for axis in hidden]
 
     def at(number: int) -> Proposal | None:
-        gone = [axis.gone(context, LOSSES[number]) for axis in axes]
+        gone = [order.within(LOSSES[number]) for order in inputs()]
         count = sum(units.size for units in gone)
         if not count:
             return None  # what is left is a removal of hidden units alone
