@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 # Read once, when the numerical libraries are loaded: so before anything imports numpy or torch.
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # tests tell nobody what they run
 
 import hypothesis
 import numpy as np

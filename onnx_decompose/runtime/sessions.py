@@ -63,6 +63,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _FATAL_ONLY = 4
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _GRAPH_ID = "gpu_graph_id"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _TRIAL = f"""
@@ -423,6 +424,8 @@ def _onnxruntime() -> ModuleType:
         ProviderError: it is not there, or cannot be loaded.
         BaseException: whatever interrupted the loading.
     """
+    # Since 1.32 it sends what it is used for to its makers, if that is not turned off before it is loaded.
+    os.environ.setdefault(_NO_TELEMETRY, "1")
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import logging
 import re
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from onnx_decompose.errors import DataError, ModelError, OutputError
 from onnx_decompose.graph.sites import find_sites
 from onnx_decompose.model.constants import Constants
 from onnx_decompose.model.metadata import read_decomposition
-from onnx_decompose.model.model_io import Model, writing
+from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import is_float
 from onnx_decompose.runtime.cases import made_up_cases, open_model, runnable
 from onnx_decompose.verification.cut import cut, reads, varying, with_outputs
@@ -25,7 +27,6 @@ from onnx_decompose.verification.unrolled import unrolled
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
-    from pathlib import Path
 
     import onnx
     from numpy.typing import NDArray
@@ -141,23 +142,28 @@ def _versions(
 
 
 def write_reproducer(found: Reproducer, folder: Path) -> None:
-    """Write both parts, their inputs and how to run them into ``folder``.
+    """Write both parts, their inputs and how to run them into ``folder``, all of it or nothing.
 
     Raises:
         OutputError: it cannot be written.
     """
     before = "annealed.onnx" if found.is_annealed else "original.onnx"
+    content = {
+        before: found.before.SerializeToString(),
+        "rewritten.onnx": found.after.SerializeToString(),
+        "README.md": _readme(found, before).encode(),
+    }
     try:
-        folder.mkdir(exist_ok=True)
+        # A part of it would be of no use: all of it is written beside, and then put there.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as new:
+            for name, data in content.items():
+                (Path(new) / name).write_bytes(data)
+            np.savez(Path(new) / "inputs.npz", **found.inputs)  # type: ignore[arg-type]
+            folder.mkdir(exist_ok=True)
+            for path in Path(new).iterdir():
+                path.replace(folder / path.name)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made ({error.strerror})") from error
-    for name, proto in ((before, found.before), ("rewritten.onnx", found.after)):
-        with writing(folder / name) as temporary:
-            temporary.write_bytes(proto.SerializeToString())
-    with writing(folder / "inputs.npz") as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **found.inputs)  # type: ignore[arg-type]
-    with writing(folder / "README.md") as temporary:
-        temporary.write_text(_readme(found, before), "utf-8")
+        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
 def _readme(found: Reproducer, before: str) -> str:

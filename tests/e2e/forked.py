@@ -24,9 +24,16 @@ class Run:
     Args:
         arguments: of the command line.
         prepare: called in the new process first.
+        afterwards: called in it last.
     """
 
-    def __init__(self, *arguments: object, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        prepare: Callable[[], None] | None = None,
+        afterwards: Callable[[], None] | None = None,
+    ) -> None:
+        self._afterwards = afterwards
         self._told = tempfile.TemporaryFile()  # noqa: SIM115 (closed by wait)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -65,6 +72,8 @@ class Run:
         except SystemExit as stop:
             code = stop.code
         finally:
+            if self._afterwards is not None:
+                self._afterwards()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else 99)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,24 @@ def test_no_command_opens_a_socket(tmp_path: Path) -> None:
     ):
         code, told = Run(*arguments, prepare=forbid_sockets).wait()
         assert (code, "opened: " in told) == (0, False), told
+
+
+def test_onnxruntime_tells_nobody(tmp_path: Path) -> None:
+    """It keeps what it would send in a data base in the user's cache: none is made where sending is turned off."""
+    model = plant(Recipe(blocks=((6, 12, 5),) * 3), np.random.default_rng(0)).model
+    source = save(model, tmp_path / "in.onnx")
+    code = (
+        "import sys; from onnx_decompose.runtime.sessions import *\n"
+        "assert 'onnxruntime' not in sys.modules\n"
+        "open_session(sys.argv[1], Provider.CPU)"
+    )
+    places = {name: str(tmp_path / "home") for name in ("HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    (tmp_path / "home").mkdir()
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(source)], env={**environment, **places}, check=True
+    )
+    assert list((tmp_path / "home").rglob("*")) == []
 
 
 def test_a_report_page_loads_nothing(tmp_path: Path) -> None:
