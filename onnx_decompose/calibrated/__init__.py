@@ -9,6 +9,7 @@ refitting           samples in three parts, proposals, the refit through the mod
 decay_proposals     units whose weights contribute little, in cascade
 support_proposals   groups of inputs that are active together
 group_proposals     a network of its own for every group of inputs, cut from the one that all share
+input_groups        inputs that are active together: whose rows, whose outputs
 needed_outputs      which outputs the metric looks at where a group is active
 input_proposals     inputs that hardly matter
 removal_proposals   hidden units that the rest can stand in for

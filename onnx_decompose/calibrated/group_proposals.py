@@ -25,18 +25,15 @@ import numpy as np
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.removal import Reader, Removal, removal_order
 from onnx_decompose.analysis.subspaces import Subspace, telling_directions
-from onnx_decompose.analysis.support import coactive_groups
 from onnx_decompose.calibrated.families import Family, entries_of
+from onnx_decompose.calibrated.input_groups import (
+    LEVELS,
+    InputGroups,
+    input_groups,
+    survey_inputs,
+)
 from onnx_decompose.calibrated.refitting import Focus, Proposal
 from onnx_decompose.calibrated.site_statistics import observe
-from onnx_decompose.calibrated.support_proposals import (
-    LEVELS,
-    _member,
-    _spreads,
-    _Survey,
-    _survey,
-    outer_labels,
-)
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.per_unit import is_elementwise
 
@@ -45,6 +42,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.calibrated.input_groups import Survey
     from onnx_decompose.calibrated.refitting import CalibrationContext
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
@@ -69,15 +67,13 @@ def group_networks(context: CalibrationContext) -> Iterator[Family]:
         between = _between(context, region)
         if not between:
             continue
-        survey = functools.cache(functools.partial(_survey, context, region))
+        survey = functools.cache(functools.partial(survey_inputs, context, region))
         for level in LEVELS:
-            groups = functools.cache(
-                functools.partial(_groups, context, survey, between, level)
-            )
+            needs = functools.cache(functools.partial(_needs, context, survey, between, level))
             yield Family(
                 f"networks of {region.name}, level {level:g}",
                 len(LOSSES),
-                functools.partial(_proposal, groups, level),
+                functools.partial(_proposal, needs, level),
                 entries_of(region.sites),
             )
 
@@ -86,8 +82,8 @@ def group_needs(context: CalibrationContext) -> Iterator[tuple[str, list[Subspac
     """What each group needs of every stream: its name and size, and per group its directions, for reports."""
     for region in context.study.regions:
         between = _between(context, region)
-        survey = functools.partial(_survey, context, region)
-        found = _groups(context, survey, between, LEVELS[0]) if between else None
+        survey = functools.partial(survey_inputs, context, region)
+        found = _needs(context, survey, between, LEVELS[0]) if between else None
         for axis, needs in found.needs.items() if found is not None else ():
             directions = [need for need in needs if isinstance(need, Subspace)]
             if directions:
@@ -95,32 +91,20 @@ def group_needs(context: CalibrationContext) -> Iterator[tuple[str, list[Subspac
                 yield f"{name}, {region.axis_sizes[axis]}", directions
 
 
-def _groups(
+def _needs(
     context: CalibrationContext,
-    survey: Callable[[], _Survey | None],
+    survey: Callable[[], Survey | None],
     between: Mapping[int, bool],
     level: float,
-) -> _Groups | None:
-    """The groups at a level of association; None where there are none, or a lower level has the same."""
-    found = survey()
-    if found is None:
-        return None
-    inputs, count = coactive_groups(found.activity, level=level)
-    lower = (
-        coactive_groups(found.activity, level=other)[0] for other in LEVELS if other < level
-    )
-    if count < 2:
-        return None
-    if not context.turn and any(np.array_equal(inputs, other) for other in lower):
-        return None
-    return _Groups(context, found, inputs, count, between)
+) -> _Needs | None:
+    """What the groups at a level of association need; None where there are no groups."""
+    groups = input_groups(context, survey(), level)
+    return None if groups is None else _Needs(context, groups, between)
 
 
-def _proposal(
-    groups: Callable[[], _Groups | None], level: float, number: int
-) -> Proposal | None:
+def _proposal(needs: Callable[[], _Needs | None], level: float, number: int) -> Proposal | None:
     """The proposal of one loss; None where a smaller loss leaves the same units."""
-    found = groups()
+    found = needs()
     return (
         None if found is None else found.proposal(number, f"level {level:g}, " if level else "")
     )
@@ -167,39 +151,27 @@ class _Part:
     decode: FloatArray
 
 
-class _Groups:
-    """Groups of the inputs of one region, and what they need of every axis between inputs and outputs."""
+class _Needs:
+    """What each group of the inputs of one region needs of every axis between inputs and outputs."""
 
     def __init__(
         self,
         context: CalibrationContext,
-        survey: _Survey,
-        inputs: IntArray,
-        count: int,
+        groups: InputGroups,
         between: Mapping[int, bool],
     ) -> None:
-        self._context, self._survey, self._count, self._between = (
-            context,
-            survey,
-            count,
-            between,
-        )
-        self._region = region = survey.region
-        self._member = _member(inputs, count)
+        self._context, self._groups, self._between = context, groups, between
+        self._region, self._count = groups.region, groups.count
         self._weights = {
-            site.name: context.study.weight(site).astype(np.float64) for site in region.sites
+            site.name: context.study.weight(site).astype(np.float64)
+            for site in self._region.sites
         }
-        spread = _spreads(context, survey, inputs, count)
-        self._outer = outer_labels(context, survey, inputs, spread)
+        self._outer = groups.outer_labels(context, groups.spreads(context))
         moments = self._own_moments()
         self.needs = {
             axis: [self._need(axis, group, own) for group, own in enumerate(moments)]
             for axis in between
         }
-
-    def shares(self, values: Mapping[str, NDArray[Any]]) -> FloatArray:
-        """(rows, groups) the weight of each row for each group."""
-        return self._survey.shares(values, self._member)
 
     def proposal(self, number: int, told: str) -> Proposal:
         """The proposal of one loss."""
@@ -225,7 +197,7 @@ class _Groups:
             context.provider,
             context.held[context.fitting],
         ):
-            shares = self.shares(found)
+            shares = self._groups.shares(found)
             for group, own in enumerate(adding):
                 counts = np.flatnonzero(shares[:, group] > 0)
                 for name, accumulator in own.items():
@@ -292,7 +264,7 @@ class _Groups:
                 remade[site.name] = encode[target]
             starts[site.name] = start_of.astype(self._context.study.weight(site).dtype)
         outputs = {site.name: labels[region.axis_of[site.output]] for site in region.sites}
-        focus = Focus(self._count, region.entries, self.shares, outputs)
+        focus = Focus(self._count, region.entries, self._groups.shares, outputs)
         return Proposal(name, masks, starts, focus, remade=remade)
 
 

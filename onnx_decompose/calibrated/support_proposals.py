@@ -15,33 +15,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_decompose.analysis.forward import Need, draft_units
 from onnx_decompose.analysis.gram import MomentAccumulator
-from onnx_decompose.analysis.support import (
-    APART,
-    Activity,
-    ActivityAccumulator,
-    SpreadAccumulator,
-    coactive_groups,
-    influence,
-    resting_values,
-    where_it_varies,
-)
+from onnx_decompose.analysis.support import APART, influence
 from onnx_decompose.calibrated.families import Family, entries_of
-from onnx_decompose.calibrated.needed_outputs import needed_outputs
+from onnx_decompose.calibrated.input_groups import (
+    LEVELS,
+    InputGroups,
+    input_groups,
+    survey_inputs,
+)
 from onnx_decompose.calibrated.refitting import Focus, Proposal
 from onnx_decompose.calibrated.site_statistics import observe
-from onnx_decompose.model.tensors import is_float
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.calibrated.input_groups import Survey
     from onnx_decompose.calibrated.refitting import CalibrationContext
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
@@ -49,20 +45,10 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
 
-__all__ = ["LEVELS", "LOSSES", "outer_labels", "supported_groups"]
-
-LEVELS = (0.0, 0.1, 0.3, 0.6)
-"""Smallest phi coefficients of an edge between two inputs."""
+__all__ = ["LOSSES", "supported_groups"]
 
 LOSSES = tuple(10.0 ** (-k / 8) for k in range(4, 33))
 """Shares of the variance that the units between inputs and outputs may cost each group, from strict to loose."""
-
-_RESTING_ROWS = 4096
-"""Rows on which resting values are looked for."""
-
-_ALWAYS = 0.9
-"""Share of the rows: groups that are active in more of them, on average, are not apart. Values may come twice by
-chance, as those of a frequent word do, and what rests with them is no group of its own for that."""
 
 
 def supported_groups(context: CalibrationContext) -> Iterator[Family]:
@@ -70,7 +56,7 @@ def supported_groups(context: CalibrationContext) -> Iterator[Family]:
     names = {site.name for site in context.sites}
     for region in context.study.regions:
         if {site.name for site in region.sites} <= names and region.entries:
-            survey = functools.cache(functools.partial(_survey, context, region))
+            survey = functools.cache(functools.partial(survey_inputs, context, region))
             for level in LEVELS:
                 places = functools.cache(functools.partial(_places, context, survey, level))
                 yield Family(
@@ -82,134 +68,31 @@ def supported_groups(context: CalibrationContext) -> Iterator[Family]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Survey:
-    """The entries of a region, their units side by side.
-
-    Attributes:
-        region: the region.
-        counting: tells what is active.
-        activity: what was counted on the part to fit on.
-    """
-
-    region: Region
-    counting: ActivityAccumulator
-    activity: Activity
-
-    def shares(self, values: Mapping[str, NDArray[Any]], member: FloatArray) -> FloatArray:
-        """(rows, groups) how much of what is active belongs to each group, from ``member``, (K, groups)."""
-        entries = _side_by_side([values[name] for name in self.region.entries])
-        assert entries is not None
-        share = self.counting.active(entries) @ member
-        found: FloatArray = share / np.maximum(share.sum(axis=1, keepdims=True), 1e-300)
-        return found
-
-
-def _survey(context: CalibrationContext, region: Region) -> _Survey | None:
-    """Count what is active together at the entries; None where they do not go row by row, or hardly anything rests."""
-    batches = _entries(context, region)
-    first: list[NDArray[Any]] = []
-    for x in batches:
-        if x is None:
-            return None
-        first.append(x)
-        if sum(len(rows) for rows in first) >= _RESTING_ROWS:
-            break
-    head = np.concatenate(first)[:_RESTING_ROWS]
-    counting = ActivityAccumulator(resting_values(head))
-    if counting.active(head).mean(axis=0).min() > _ALWAYS:
-        return None
-    for x in _entries(context, region):
-        assert x is not None
-        counting.update(x)
-    return _Survey(region, counting, counting.result())
-
-
-def _entries(context: CalibrationContext, region: Region) -> Iterator[NDArray[Any] | None]:
-    """The entries' units of every batch, (rows, K) for all of them together."""
-    found = observe(context.study.source, region.entries, context.parts.fit, context.provider)
-    for values in found:
-        yield _side_by_side([values[name] for name in region.entries])
-
-
-def _side_by_side(values: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
-    rows = [value.reshape(-1, value.shape[-1]) for value in values]
-    if len({len(part) for part in rows}) > 1 or not all(is_float(part.dtype) for part in rows):
-        return None
-    return np.concatenate(rows, axis=1)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Places:
     """Who serves which group of a region's inputs.
 
     Attributes:
-        survey: the region.
-        inputs: the group of each input, those of all entries side by side.
-        count: number of groups.
+        groups: of the inputs.
         labels: by level of ``LOSSES``, the group of each unit of every axis.
     """
 
-    survey: _Survey
-    inputs: IntArray
-    count: int
+    groups: InputGroups
     labels: Sequence[Mapping[int, IntArray]]
 
 
 def _places(
-    context: CalibrationContext, survey: Callable[[], _Survey | None], level: float
+    context: CalibrationContext, survey: Callable[[], Survey | None], level: float
 ) -> _Places | None:
-    """Who serves whom at a level of association; None where there are no groups, or a lower level has the same."""
-    found = survey()
-    if found is None:
+    """Who serves whom at a level of association; None where there are no groups."""
+    groups = input_groups(context, survey(), level)
+    if groups is None:
         return None
-    inputs, count = coactive_groups(found.activity, level=level)
-    lower = (
-        coactive_groups(found.activity, level=other)[0] for other in LEVELS if other < level
-    )
-    if count < 2:
-        return None
-    if not context.turn and any(np.array_equal(inputs, other) for other in lower):
-        return None
-    active = (found.activity.alone / found.activity.rows) @ _member(inputs, count)
-    if active.mean() > _ALWAYS:
-        return None
-    region = found.region
-    spread = _spreads(context, found, inputs, count)
-    labels = outer_labels(context, found, inputs, spread)
-    reach = _influence(context, region, labels, count)
-    covariances = _covariances(context, found, inputs, count)
-    pool = _Pool(context, region, labels, reach, spread, covariances)
-    return _Places(found, inputs, count, [pool.drafted(loss) for loss in LOSSES])
-
-
-def outer_labels(
-    context: CalibrationContext,
-    survey: _Survey,
-    inputs: IntArray,
-    spread: Mapping[int, FloatArray],
-) -> dict[int, IntArray]:
-    """The group of each input and output of a region, by axis.
-
-    Outputs go where the metric looks at them, as far as it tells, or else where they vary.
-    """
-    region = survey.region
-    labels: dict[int, IntArray] = {}
-    start = 0
-    for name in region.entries:
-        size = region.axis_sizes[region.axis_of[name]]
-        labels[region.axis_of[name]] = inputs[start : start + size]
-        start += size
-    member = _member(inputs, int(inputs.max()) + 1)
-    for axis in sorted(region.exit_axes - labels.keys()):
-        labels[axis] = where_it_varies(spread[axis])
-        exits = [name for name in region.exits if region.axis_of[name] == axis]
-        needed = None
-        if len(exits) == 1:
-            shares = functools.partial(survey.shares, member=member)
-            needed = needed_outputs(context, exits[0], region.entries, shares)
-        if needed is not None:
-            labels[axis] = np.where(needed.any(axis=1), needed.argmax(axis=1), labels[axis])
-    return labels
+    spread = groups.spreads(context)
+    labels = groups.outer_labels(context, spread)
+    reach = _influence(context, groups.region, labels, groups.count)
+    covariances = _covariances(context, groups)
+    pool = _Pool(context, groups.region, labels, reach, spread, covariances)
+    return _Places(groups, [pool.drafted(loss) for loss in LOSSES])
 
 
 def _proposal(
@@ -219,18 +102,14 @@ def _proposal(
     found = places()
     if found is None:
         return None
-    region, placed = found.survey.region, found.labels[number]
+    groups, placed = found.groups, found.labels[number]
+    region = groups.region
     outputs = {site.name: placed[region.axis_of[site.output]] for site in region.sites}
-    member = _member(found.inputs, found.count)
-
-    def shares(values: Mapping[str, NDArray[Any]]) -> FloatArray:
-        return found.survey.shares(values, member)
-
     told = f"level {level:g}, " if level else ""
     return Proposal(
-        f"support({found.count} groups, {told}{LOSSES[number]:.2g} lost)",
+        f"support({groups.count} groups, {told}{LOSSES[number]:.2g} lost)",
         _masks(region, placed),
-        focus=Focus(found.count, region.entries, shares, outputs),
+        focus=Focus(groups.count, region.entries, groups.shares, outputs),
     )
 
 
@@ -305,55 +184,26 @@ class _Pool:
 
 
 def _covariances(
-    context: CalibrationContext, survey: _Survey, inputs: IntArray, count: int
+    context: CalibrationContext, groups: InputGroups
 ) -> dict[tuple[str, int], FloatArray]:
     """(H, H) of what each site reads between inputs and outputs, by value and group, in the rows of the group."""
-    region = survey.region
+    region = groups.region
     outer = {region.axis_of[name] for name in region.entries} | set(region.exit_axes)
     values = list(
         dict.fromkeys(s.input for s in region.sites if region.axis_of[s.input] not in outer)
     )
-    adding = {(value, group): MomentAccumulator() for value in values for group in range(count)}
-    member = _member(inputs, count)
+    adding = {
+        (value, group): MomentAccumulator() for value in values for group in range(groups.count)
+    }
     wanted = list(dict.fromkeys((*region.entries, *values)))
     samples, held = context.fitting, context.held[context.fitting]
     for found in observe(context.study.source, wanted, samples, context.provider, held):
-        shares = survey.shares(found, member)
+        shares = groups.shares(found)
         for (value, group), accumulator in adding.items():
             rows = found[value].reshape(-1, found[value].shape[-1])
             own = shares[:, group] > 0
             accumulator.update(rows[own], None, shares[own, group])
     return {key: accumulator.result().xx for key, accumulator in adding.items()}
-
-
-def _spreads(
-    context: CalibrationContext, survey: _Survey, inputs: IntArray, count: int
-) -> dict[int, FloatArray]:
-    """(units, groups) variance of every axis within each group, over all values of the axis that sites read or exit."""
-    region = survey.region
-    values = list(
-        dict.fromkeys((*region.entries, *(s.input for s in region.sites), *region.exits))
-    )
-    adding = {
-        name: SpreadAccumulator(region.axis_sizes[region.axis_of[name]], count)
-        for name in values
-    }
-    member = _member(inputs, count)
-    for found in observe(context.study.source, values, context.parts.fit, context.provider):
-        share = survey.shares(found, member)
-        for name, accumulator in adding.items():
-            accumulator.update(found[name], share)
-    total = {axis: np.zeros((size, count)) for axis, size in enumerate(region.axis_sizes)}
-    for name, accumulator in adding.items():
-        total[region.axis_of[name]] += accumulator.result()
-    return total
-
-
-def _member(labels: IntArray, count: int) -> FloatArray:
-    """(K, groups) 1 over the group's size where an input is in it."""
-    member = (labels[:, None] == np.arange(count)).astype(np.float64)
-    scaled: FloatArray = member / member.sum(axis=0)
-    return scaled
 
 
 def _influence(

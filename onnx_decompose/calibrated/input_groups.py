@@ -1,0 +1,195 @@
+"""Groups of a region's inputs that are active together: which rows are whose, and which outputs.
+
+What both kinds of proposals from groups (``support_proposals``, ``group_proposals``) start from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_decompose.analysis.support import (
+    Activity,
+    ActivityAccumulator,
+    SpreadAccumulator,
+    coactive_groups,
+    resting_values,
+    where_it_varies,
+)
+from onnx_decompose.calibrated.needed_outputs import needed_outputs
+from onnx_decompose.calibrated.site_statistics import observe
+from onnx_decompose.model.tensors import is_float
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.graph.regions import Region
+
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.intp]
+
+__all__ = ["LEVELS", "InputGroups", "Survey", "input_groups", "survey_inputs"]
+
+LEVELS = (0.0, 0.1, 0.3, 0.6)
+"""Smallest phi coefficients of an edge between two inputs."""
+
+_RESTING_ROWS = 4096
+"""Rows on which resting values are looked for."""
+
+_ALWAYS = 0.9
+"""Share of the rows: groups that are active in more of them, on average, are not apart. Values may come twice by
+chance, as those of a frequent word do, and what rests with them is no group of its own for that."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """The entries of a region, their units side by side.
+
+    Attributes:
+        region: the region.
+        counting: tells what is active.
+        activity: what was counted on the part to fit on.
+    """
+
+    region: Region
+    counting: ActivityAccumulator
+    activity: Activity
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputGroups:
+    """Groups of the inputs of one region.
+
+    Attributes:
+        survey: the region.
+        labels: the group of each input, those of all entries side by side.
+        count: number of groups.
+    """
+
+    survey: Survey
+    labels: IntArray
+    count: int
+
+    @property
+    def region(self) -> Region:
+        """Whose inputs they are."""
+        return self.survey.region
+
+    @functools.cached_property
+    def member(self) -> FloatArray:
+        """(K, groups) 1 over the group's size where an input is in it."""
+        member = (self.labels[:, None] == np.arange(self.count)).astype(np.float64)
+        scaled: FloatArray = member / member.sum(axis=0)
+        return scaled
+
+    def shares(self, values: Mapping[str, NDArray[Any]]) -> FloatArray:
+        """(rows, groups) how much of what is active in each row belongs to each group."""
+        entries = _side_by_side([values[name] for name in self.region.entries])
+        assert entries is not None
+        share = self.survey.counting.active(entries) @ self.member
+        found: FloatArray = share / np.maximum(share.sum(axis=1, keepdims=True), 1e-300)
+        return found
+
+    def spreads(self, context: CalibrationContext) -> dict[int, FloatArray]:
+        """(units, groups) variance of every axis within each group, over its values that are read or exit."""
+        region = self.region
+        read = (site.input for site in region.sites)
+        values = list(dict.fromkeys((*region.entries, *read, *region.exits)))
+        adding = {
+            name: SpreadAccumulator(region.axis_sizes[region.axis_of[name]], self.count)
+            for name in values
+        }
+        source, provider = context.study.source, context.provider
+        for found in observe(source, values, context.parts.fit, provider):
+            share = self.shares(found)
+            for name, accumulator in adding.items():
+                accumulator.update(found[name], share)
+        total = {
+            axis: np.zeros((size, self.count)) for axis, size in enumerate(region.axis_sizes)
+        }
+        for name, accumulator in adding.items():
+            total[region.axis_of[name]] += accumulator.result()
+        return total
+
+    def outer_labels(
+        self, context: CalibrationContext, spreads: Mapping[int, FloatArray]
+    ) -> dict[int, IntArray]:
+        """The group of each input and output of the region, by axis.
+
+        Outputs go where the metric looks at them, as far as it tells, or else where they vary.
+        """
+        region = self.region
+        labels: dict[int, IntArray] = {}
+        start = 0
+        for name in region.entries:
+            size = region.axis_sizes[region.axis_of[name]]
+            labels[region.axis_of[name]] = self.labels[start : start + size]
+            start += size
+        for axis in sorted(region.exit_axes - labels.keys()):
+            labels[axis] = where_it_varies(spreads[axis])
+            exits = [name for name in region.exits if region.axis_of[name] == axis]
+            needed = None
+            if len(exits) == 1:
+                needed = needed_outputs(context, exits[0], region.entries, self.shares)
+            if needed is not None:
+                labels[axis] = np.where(needed.any(axis=1), needed.argmax(axis=1), labels[axis])
+        return labels
+
+
+def survey_inputs(context: CalibrationContext, region: Region) -> Survey | None:
+    """Count what is active together at the entries; None where they do not go row by row, or hardly anything rests."""
+    batches = _entries(context, region)
+    first: list[NDArray[Any]] = []
+    for x in batches:
+        if x is None:
+            return None
+        first.append(x)
+        if sum(len(rows) for rows in first) >= _RESTING_ROWS:
+            break
+    head = np.concatenate(first)[:_RESTING_ROWS]
+    counting = ActivityAccumulator(resting_values(head))
+    if counting.active(head).mean(axis=0).min() > _ALWAYS:
+        return None
+    for x in _entries(context, region):
+        assert x is not None
+        counting.update(x)
+    return Survey(region, counting, counting.result())
+
+
+def input_groups(
+    context: CalibrationContext, survey: Survey | None, level: float
+) -> InputGroups | None:
+    """The groups at a level of association; None where they are not apart, or a lower level has the same."""
+    if survey is None:
+        return None
+    activity = survey.activity
+    labels, count = coactive_groups(activity, level=level)
+    if count < 2:
+        return None
+    lower = (coactive_groups(activity, level=other)[0] for other in LEVELS if other < level)
+    # In its turn, a family has the groups that it is named after, whether or not another one has them.
+    if not context.turn and any(np.array_equal(labels, other) for other in lower):
+        return None
+    groups = InputGroups(survey, labels, count)
+    active = (activity.alone / activity.rows) @ groups.member
+    return None if active.mean() > _ALWAYS else groups
+
+
+def _entries(context: CalibrationContext, region: Region) -> Iterator[NDArray[Any] | None]:
+    """The entries' units of every batch, (rows, K) for all of them together."""
+    found = observe(context.study.source, region.entries, context.parts.fit, context.provider)
+    for values in found:
+        yield _side_by_side([values[name] for name in region.entries])
+
+
+def _side_by_side(values: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
+    rows = [value.reshape(-1, value.shape[-1]) for value in values]
+    if len({len(part) for part in rows}) > 1 or not all(is_float(part.dtype) for part in rows):
+        return None
+    return np.concatenate(rows, axis=1)
