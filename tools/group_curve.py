@@ -62,6 +62,7 @@ def report_scores(
     for outputs, asked, generator in (
         ("where they vary", None, supported_groups),
         ("where they vary", None, group_networks),
+        ("where the metric looks", metric, supported_groups),
         ("where the metric looks", metric, group_networks),
     ):
         seen = dataclasses.replace(context, metric=asked)

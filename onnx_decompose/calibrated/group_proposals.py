@@ -1,8 +1,8 @@
 """Proposals that give every group of inputs a smaller network of its own, cut from the one that all of them share.
 
 ``support_proposals`` deals units out: each to one group. Where all groups pass through the same units, a trunk or a
-residual stream, that breaks every group but one. But a group needs little of them, and its inputs alone are active
-when it is: on its own rows
+residual stream, each of them serves one, and the others do without. But a group needs little of them, and its inputs
+alone are active when it is: on its own rows
 
     a stream, whose values are only ever added up, moves in few directions. A change of basis of all that write it and
     read it changes nothing, so that a group takes directions instead of units (``analysis.subspaces``; cf. the
