@@ -267,3 +267,25 @@ class TestOneValuePerSample:
                     drops.update({"x": x}, {}, {})
             else:
                 drops.update({"x": x}, {}, {})
+
+
+def test_joined_accumulators_are_one_over_everything(rng: np.random.Generator) -> None:
+    reference = rng.normal(size=(30, 4)).astype(np.float32)
+    other = (reference + 0.5 * rng.normal(size=(30, 4))).astype(np.float32)
+    other[3, 2] = np.nan
+    whole, parts = DeviationAccumulator(), [DeviationAccumulator() for _ in range(3)]
+    whole.update(reference, other)
+    for number, part in enumerate(parts):
+        part.update(reference[number::3], other[number::3])
+    joined, expected = DeviationAccumulator.joined(parts).result(), whole.result()
+    assert joined.elements == expected.elements
+    assert joined.non_finite == expected.non_finite == 1
+    assert joined.max_abs == expected.max_abs == np.inf
+    assert joined.top1_agreement == expected.top1_agreement
+    finite = [DeviationAccumulator() for _ in range(2)]
+    for part, rows in zip(finite, (slice(3), slice(4, 30)), strict=True):
+        part.update(reference[rows], other[rows])
+    both = DeviationAccumulator.joined(finite).result()
+    rest = np.delete(np.arange(30), 3)
+    error = np.linalg.norm((other - reference)[rest]) / np.linalg.norm(reference[rest])
+    assert both.relative_l2 == pytest.approx(float(error), rel=1e-6)
