@@ -18,6 +18,7 @@ import shutil
 import signal
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def shorten_timing() -> None:
     quick = bench.BenchSettings(
         seconds=0.005, max_seconds=0.01, precision=1.0, block_seconds=1e-5, warmup=1
     )
-    vars(bench)["BenchSettings"] = lambda: quick
+    unittest.mock.patch.object(bench, "BenchSettings", lambda: quick).start()
 
 
 class Scene:
