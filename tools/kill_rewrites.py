@@ -68,7 +68,7 @@ def shorten_timing() -> None:
     quick = bench.BenchSettings(
         seconds=0.005, max_seconds=0.01, precision=1.0, block_seconds=1e-5, warmup=1
     )
-    unittest.mock.patch.object(bench, "BenchSettings", lambda: quick).start()
+    unittest.mock.patch.object(bench, "BenchSettings", return_value=quick).start()
 
 
 class Scene:

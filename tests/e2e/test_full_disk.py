@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,7 +226,7 @@ def test_reproducer(disk: Disk, planted: onnx.ModelProto, tmp_path: Path) -> Non
 def test_measured_costs(disk: Disk) -> None:
     def prepare() -> None:
         os.environ["XDG_CACHE_HOME"] = str(disk.folder)
-        vars(calibration)["calibrate"] = lambda *_, **__: CPU
+        unittest.mock.patch.object(calibration, "calibrate", return_value=CPU).start()
 
     found = disk.run(0, "calibrate", "--provider", "cpu", "--quiet", prepare=prepare)
     assert refused(found)
