@@ -107,7 +107,7 @@ def _fewer(context: CalibrationContext, axes: list[_EntryAxis]) -> Family:
     def at(number: int) -> Proposal | None:
         gone = [order.within(LOSSES[number]) for order in inputs()]
         count = sum(units.size for units in gone)
-        if not count:
+        if not count and not context.turn:  # other turns have what the first one asks for
             return None  # what is left is a removal of hidden units alone
         less = [order.within(LOSSES[number]) for order in orders()]
         masks = without_units(dict(zip(hidden, less, strict=True)))
@@ -134,7 +134,7 @@ def _pooled(context: CalibrationContext, site: Site, rows: int) -> Family:
         variance = np.maximum(np.diagonal(context.fit[site.input].xx), 0.0)
         order, share = least_telling(weight, variance)
         members = np.sort(order[: np.searchsorted(share, LOSSES[number], side="right")])
-        if members.size <= rows:
+        if members.size <= rows and not context.turn:
             return None
         pools = pooled(weight, variance, members, rows)
         name = f"inputs({members.size} of {site.shape[0]} added up to {rows})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -76,6 +78,15 @@ def test_inputs_are_added_up_and_refitted_as_one(context: CalibrationContext) ->
         ):
             assert made.shape == site.shape
             assert len(np.unique(made, axis=0)) == pools.rows
+
+
+def test_other_turns_have_every_level(context: CalibrationContext) -> None:
+    site = context.sites[0]
+    for family in spare_inputs(dataclasses.replace(context, turn=1)):
+        for number in range(family.size):
+            proposal = family.at(number)
+            assert proposal is not None
+            assert site.name in refitted(context, proposal) or not proposal.masks
 
 
 def test_values_that_the_model_makes_are_no_inputs(rng: np.random.Generator) -> None:
