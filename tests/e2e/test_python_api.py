@@ -189,19 +189,21 @@ class TestOptions:
             emit="shrink",
             autotune=True,
             batch=(2, 7),
+            axes=(("time", 3),),
             seed=11,
             force=True,
             **bounds,
         )
         arguments: list[object] = []
+        pairs = {"output_budgets": "--output-budget", "axes": "--axis"}
         for field in dataclasses.fields(wanted):
             value = getattr(wanted, field.name)
             name = f"--{field.name.replace('_', '-')}"
             if field.name == "seeds" or value is None:
                 continue
-            if field.name == "output_budgets":
-                for output, bound in value:
-                    arguments += ["--output-budget", f"{output}={bound}"]
+            if field.name in pairs:
+                for key, content in value:
+                    arguments += [pairs[field.name], f"{key}={content}"]
                 continue
             if field.name == "proposals":
                 arguments += [part for kind in value for part in (name, kind)]

