@@ -46,7 +46,9 @@ def run_main(capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     return stop.value.code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("name", errors.__all__)
+@pytest.mark.parametrize(
+    "name", [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
+)
 def test_every_error_gives_its_exit_code_and_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
