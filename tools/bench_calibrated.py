@@ -21,14 +21,11 @@ import numpy as np
 import onnx
 
 from models.metrics import OUTPUT_SLOTS, task_accuracy, task_likelihood
+from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.decay_proposals import decayed_units
-from onnx_decompose.calibrated.refitting import (
-    CalibrationContext,
-    Proposal,
-    annealed_by,
-    refitted,
-    split_samples,
-)
+from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.proposals import Proposal
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.removal_proposals import (
     LEVELS,
     hidden_axes,
@@ -302,7 +299,7 @@ def own_outputs(inputs: Any, outputs: Any) -> dict[str, float]:
         rows = inputs["task"] == number
         wanted = inputs["wanted"][rows, slot]
         error = np.linalg.norm(outputs["logits"][rows, slot] - wanted)
-        found[name] = -float(error / np.linalg.norm(wanted))
+        found[name] = -float(error / (np.linalg.norm(wanted) or 1.0))
     return found
 
 

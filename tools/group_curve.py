@@ -15,13 +15,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.group_proposals import group_needs, group_networks
-from onnx_decompose.calibrated.refitting import (
-    CalibrationContext,
-    annealed_by,
-    refitted,
-    split_samples,
-)
+from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.support_proposals import supported_groups
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import load_model
@@ -32,7 +29,7 @@ from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.verification.metrics import load_metric
 
 if TYPE_CHECKING:
-    from onnx_decompose.calibrated.refitting import Proposal
+    from onnx_decompose.calibrated.proposals import Proposal
     from onnx_decompose.model.model_io import Model
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.verification.metrics import Metric

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from models.language_metrics import compare
-from onnx_decompose.calibrated.refitting import CalibrationContext, Parts
+from onnx_decompose.calibrated.context import CalibrationContext
+from onnx_decompose.calibrated.parts import Parts
 from onnx_decompose.runtime.cases import open_model
 from onnx_decompose.runtime.sessions import Provider
 

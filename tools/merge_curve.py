@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from models.language_metrics import compare
+from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.merge_proposals import merged_outputs
-from onnx_decompose.calibrated.refitting import CalibrationContext, Parts, annealed_by, refitted
+from onnx_decompose.calibrated.parts import Parts
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import Model, load_model, save_model
 from onnx_decompose.model.tensors import graph_inputs

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_decompose.calibrated.partition_proposals import cut_region
-from onnx_decompose.calibrated.refitting import Proposal, annealed_by, refitted
+from onnx_decompose.calibrated.proposals import Proposal
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.removal_proposals import hidden_axes
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import load_model

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from onnx_decompose.analysis.refit import Compensation
-from onnx_decompose.calibrated.refitting import (
-    CalibrationContext,
-    Proposal,
-    annealed_by,
-    refitted,
-    split_samples,
-)
+from onnx_decompose.calibrated.context import CalibrationContext
+from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.search import GENERATORS
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import load_model
@@ -28,6 +24,9 @@ from onnx_decompose.runtime.samples import load_inputs
 from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.verification.metrics import load_metric
 from tools.group_curve import scores
+
+if TYPE_CHECKING:
+    from onnx_decompose.calibrated.proposals import Proposal
 
 
 def _left(context: CalibrationContext, proposal: Proposal) -> float:

@@ -32,12 +32,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_decompose.analysis.removal import removal_order
-from onnx_decompose.calibrated.refitting import (
-    CalibrationContext,
-    Proposal,
-    annealed_by,
-    refitted,
-)
+from onnx_decompose.calibrated.proposals import Proposal
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.removal_proposals import hidden_axes, readers_of, without_units
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.graph.study import study_model
@@ -52,6 +48,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.removal import Removal
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.removal_proposals import HiddenAxis
     from onnx_decompose.model.model_io import Model
 

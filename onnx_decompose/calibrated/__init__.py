@@ -4,8 +4,11 @@ search              of all proposals the fastest inside the budget
 trials              the error on samples that were not fitted to, and how far the true one may be from it
 identity            which search it is, as a digest
 journal             what a search has found out, kept for when it is interrupted
+parts               the samples in three parts
+context             what generators of proposals may look at
+proposals           which entries may stay
 families            proposals from strict to loose, made when they are looked at
-refitting           samples in three parts, proposals, the refit through the model
+refitting           of a proposal an annealed model, made up for by what is left
 decay_proposals     units whose weights contribute little, in cascade
 support_proposals   groups of inputs that are active together
 group_proposals     a network of its own for every group of inputs, cut from the one that all share

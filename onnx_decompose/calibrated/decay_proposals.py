@@ -17,14 +17,14 @@ import numpy as np
 
 from onnx_decompose.analysis.structure import Edge, live_units
 from onnx_decompose.calibrated.families import Family, entries_of
-from onnx_decompose.calibrated.refitting import Proposal
+from onnx_decompose.calibrated.proposals import Proposal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
 

@@ -11,11 +11,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from onnx_decompose.calibrated.refitting import CalibrationContext, Proposal
+from onnx_decompose.calibrated.context import CalibrationContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from onnx_decompose.calibrated.proposals import Proposal
     from onnx_decompose.graph.sites import Site
 
 __all__ = ["Family", "Generator", "entries_of"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.graph.regions import Region
 
     FloatArray = NDArray[np.float64]

@@ -20,7 +20,7 @@ import numpy as np
 from onnx_decompose.analysis.pooling import least_telling, pooled
 from onnx_decompose.analysis.removal import Removal, removal_order
 from onnx_decompose.calibrated.families import Family, entries_of
-from onnx_decompose.calibrated.refitting import Proposal
+from onnx_decompose.calibrated.proposals import Proposal
 from onnx_decompose.calibrated.removal_proposals import (
     hidden_axes,
     readers_of,
@@ -30,7 +30,7 @@ from onnx_decompose.calibrated.removal_proposals import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
 

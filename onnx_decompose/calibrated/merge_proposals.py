@@ -26,7 +26,7 @@ from onnx_decompose.analysis.merging import (
 )
 from onnx_decompose.analysis.refit import Groups
 from onnx_decompose.calibrated.families import Family
-from onnx_decompose.calibrated.refitting import Proposal
+from onnx_decompose.calibrated.proposals import Proposal
 from onnx_decompose.calibrated.removal_proposals import hidden_axes
 from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.graph.biases import find_biases
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.graph.sites import Site
 
     FloatArray = NDArray[np.float64]

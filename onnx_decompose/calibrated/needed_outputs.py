@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from onnx_decompose.calibrated.refitting import CalibrationContext
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.runtime.feeds import Feeds
     from onnx_decompose.verification.metrics import Metric
 

@@ -27,6 +27,7 @@ from onnx_decompose.analysis.choice import last_in_a_row, risk_of_turn, steps
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.evidence import Evidence
 from onnx_decompose.analysis.null import Zero
+from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.decay_proposals import decayed_units
 from onnx_decompose.calibrated.group_proposals import group_networks
 from onnx_decompose.calibrated.identity import search_digest
@@ -34,14 +35,8 @@ from onnx_decompose.calibrated.input_proposals import spare_inputs
 from onnx_decompose.calibrated.journal import Journal
 from onnx_decompose.calibrated.merge_proposals import merged_outputs
 from onnx_decompose.calibrated.partition_proposals import partitioned_regions
-from onnx_decompose.calibrated.refitting import (
-    CalibrationContext,
-    Proposal,
-    annealed_by,
-    refitted,
-    rotated_samples,
-    split_samples,
-)
+from onnx_decompose.calibrated.parts import rotated_samples, split_samples
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.removal_proposals import removed_units
 from onnx_decompose.calibrated.site_statistics import HELD_BYTES
 from onnx_decompose.calibrated.support_proposals import supported_groups
@@ -56,6 +51,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.analysis.selection import Selection
     from onnx_decompose.calibrated.families import Family, Generator
+    from onnx_decompose.calibrated.proposals import Proposal
     from onnx_decompose.decomposition.decompose import Attempt
     from onnx_decompose.graph.study import Study
     from onnx_decompose.model.model_io import Model

@@ -29,7 +29,7 @@ from onnx_decompose.calibrated.input_groups import (
     input_groups,
     survey_inputs,
 )
-from onnx_decompose.calibrated.refitting import Focus, Proposal
+from onnx_decompose.calibrated.proposals import Focus, Proposal
 from onnx_decompose.calibrated.site_statistics import observe
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.input_groups import Survey
-    from onnx_decompose.calibrated.refitting import CalibrationContext
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
 

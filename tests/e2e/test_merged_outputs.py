@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.families import Family
-    from onnx_decompose.calibrated.refitting import CalibrationContext
     from tests.e2e.conftest import Command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("quick_bench")]

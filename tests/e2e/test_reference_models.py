@@ -15,12 +15,9 @@ from models import metrics
 from models.data import load_task_data
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.analysis.structure import Edge, state_components
-from onnx_decompose.calibrated.refitting import (
-    CalibrationContext,
-    annealed_by,
-    refitted,
-    split_samples,
-)
+from onnx_decompose.calibrated.context import CalibrationContext
+from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.support_proposals import LOSSES, supported_groups
 from onnx_decompose.decomposition.gather import gather_all
 from onnx_decompose.graph.study import study_model

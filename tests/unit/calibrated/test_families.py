@@ -10,7 +10,9 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from onnx_decompose.calibrated.refitting import CalibrationContext, Proposal, split_samples
+from onnx_decompose.calibrated.context import CalibrationContext
+from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.proposals import Proposal
 from onnx_decompose.calibrated.search import GENERATORS
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import Model

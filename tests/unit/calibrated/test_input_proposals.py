@@ -10,8 +10,10 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
+from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.input_proposals import spare_inputs
-from onnx_decompose.calibrated.refitting import CalibrationContext, refitted, split_samples
+from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.refitting import refitted
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs

@@ -9,8 +9,9 @@ import onnx
 import onnx.parser
 from onnx import numpy_helper
 
+from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.needed_outputs import needed_outputs
-from onnx_decompose.calibrated.refitting import CalibrationContext, split_samples
+from onnx_decompose.calibrated.parts import split_samples
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs

@@ -6,12 +6,9 @@ import numpy as np
 import onnx.parser
 from onnx import numpy_helper
 
-from onnx_decompose.calibrated.refitting import (
-    CalibrationContext,
-    annealed_by,
-    refitted,
-    split_samples,
-)
+from onnx_decompose.calibrated.context import CalibrationContext
+from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.removal_proposals import removed_units
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import Model

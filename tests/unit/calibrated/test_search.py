@@ -15,7 +15,8 @@ from onnx import numpy_helper
 from onnx_decompose.calibrated import search as calibrated_search
 from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.journal import Journal
-from onnx_decompose.calibrated.refitting import CalibrationContext, Proposal, refitted
+from onnx_decompose.calibrated.proposals import Proposal
+from onnx_decompose.calibrated.refitting import refitted
 from onnx_decompose.calibrated.search import Calibrated, calibrate_within_budget
 from onnx_decompose.decomposition.decompose import Attempt, annealed_model, attempt
 from onnx_decompose.errors import DataError
@@ -28,6 +29,7 @@ from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.verification.verify import AnnealingClaim, Inputs
 
 if TYPE_CHECKING:
+    from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.decomposition.refits import Refit
 
 TEXT = """

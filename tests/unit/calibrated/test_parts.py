@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_decompose.calibrated.refitting import rotated_samples, split_samples
+from onnx_decompose.calibrated.parts import rotated_samples, split_samples
 from onnx_decompose.errors import DataError
 from onnx_decompose.model.tensors import TensorSpec
 from onnx_decompose.runtime.samples import Samples, samples_from_arrays

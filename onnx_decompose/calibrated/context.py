@@ -1,0 +1,148 @@
+"""What generators of proposals may look at: the model, the samples, and what its sites read on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnx_decompose.analysis.refit import Compensation, degrees_of_freedom
+from onnx_decompose.calibrated.neighbours import with_neighbours
+from onnx_decompose.calibrated.parts import FIT
+from onnx_decompose.calibrated.site_statistics import HELD_BYTES, Held, input_moments
+from onnx_decompose.graph.biases import find_biases
+from onnx_decompose.model.shapes import opset_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from onnx_decompose.analysis.gram import Moments
+    from onnx_decompose.calibrated.parts import Parts
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.graph.study import Study
+    from onnx_decompose.runtime.samples import Samples
+    from onnx_decompose.runtime.sessions import Provider
+    from onnx_decompose.verification.metrics import Metric
+
+__all__ = ["CalibrationContext"]
+
+_SURE = 1e-3
+"""Ridge that tells the directions that vary from those that hardly do."""
+
+_ROWS_PER_DIRECTION = 2.0
+_FEWEST_ROWS = 32
+_ADD_BROADCASTS_FROM = 7
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CalibrationContext:
+    """What generators may look at.
+
+    Attributes:
+        study: the model.
+        parts: the samples.
+        provider: where models run.
+        seed: of everything random.
+        compensation: what makes up for what goes.
+        neighbours: whether a few samples to fit on are joined by others made up around them.
+        sequential: whether the refit of a site sees what was annealed before it.
+        metric: the user's measure of quality, if there is one.
+        held_bytes: of a model's values on one set of samples.
+        turn: whose turn it is to choose on, where samples take turns; the model of turn 0 is what is kept.
+    """
+
+    study: Study
+    parts: Parts
+    provider: Provider
+    seed: int = 0
+    compensation: Compensation = "ridge"
+    neighbours: bool = True
+    sequential: bool = True
+    metric: Metric | None = None
+    held_bytes: int = HELD_BYTES
+    turn: int = 0
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A fresh source of randomness, the same every time."""
+        return np.random.default_rng(self.seed)
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites whose weight and bias can be refitted: products whose rows can be seen from the main graph."""
+        study = self.study
+        graph = study.source.proto.graph
+        seen = {value.name for value in graph.input}
+        seen.update(name for node in graph.node for name in node.output)
+        places = find_biases(study.model.proto.graph, study.sites, study.constants)
+        broadcasts = opset_of(study.model.proto) >= _ADD_BROADCASTS_FROM
+        return tuple(
+            site
+            for site in study.sites
+            if not site.kernel  # the moments are of rows
+            and {site.input, site.output} <= seen
+            and site.quantized is None  # a refit is a float
+            and (broadcasts or places[site.name].inside or places[site.name].nodes)
+        )
+
+    @functools.cached_property
+    def fit(self) -> Mapping[str, Moments]:
+        """Moments of what the original's sites read, by value, on the part to fit on."""
+        return self._moments(self.parts.fit)
+
+    @functools.cached_property
+    def choose(self) -> Mapping[str, Moments]:
+        """The same on the part to choose on."""
+        return self._moments(self.parts.choose)
+
+    @functools.cached_property
+    def fitting(self) -> Samples:
+        """What refits are fitted on: the part to fit on, and neighbours where it is small."""
+        fit = self.parts.fit
+        return with_neighbours(fit, self.rng) if self.neighbours else fit
+
+    @functools.cached_property
+    def fitted(self) -> Mapping[str, Moments]:
+        """Moments of what the original's sites read, by value, on what refits are fitted on."""
+        return self.fit if self.fitting is self.parts.fit else self._moments(self.fitting)
+
+    @functools.cached_property
+    def held(self) -> Mapping[Samples, Held]:
+        """The original's own values, as far as they are held, on what refits are fitted and chosen on."""
+        return {part: Held(self.held_bytes) for part in (self.fitting, self.parts.choose)}
+
+    def _moments(self, samples: Samples) -> Mapping[str, Moments]:
+        values = list(dict.fromkeys(site.input for site in self.sites))
+        return input_moments(self.study.source, values, samples, self.provider)
+
+    def power(self, site: Site, moments: Mapping[str, Moments]) -> NDArray[np.float64]:
+        """(N,) variance of what the original's site makes."""
+        return moments[site.input].through(self.study.weight(site)).yy
+
+    def too_few(self) -> str | None:
+        """Why there are too few samples to refit on, with the number that would do; None if there are enough.
+
+        Twice as many rows as there are directions in which the model's inputs vary: of fewer, a covariance shows some
+        as constant that are not. How many more the refit can use, the part to choose on tells.
+        """
+        entries = {value.name for value in self.study.source.proto.graph.input}
+        worst = 0
+        for name, moments in self.fit.items():
+            seen = wanted = 0.0
+            if name in entries:  # what is computed from them varies no more than they do
+                seen = degrees_of_freedom(moments.xx, _SURE)
+                wanted = float(np.count_nonzero(moments.spread > 0))
+            if moments.count < max(_FEWEST_ROWS, _ROWS_PER_DIRECTION * seen):
+                rows = max(_FEWEST_ROWS, _ROWS_PER_DIRECTION * wanted)
+                worst = max(worst, math.ceil(rows * self.parts.fit.count / moments.count / FIT))
+        if not worst:
+            return None
+        total = sum(
+            part.count for part in (self.parts.fit, self.parts.choose, self.parts.judge)
+        )
+        return f"calibrated annealing needs {worst} samples, and there are {total}"
