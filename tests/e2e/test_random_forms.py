@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -18,14 +18,16 @@ from onnx_decompose.options import Options
 from onnx_decompose.planning.state_graph import Emit
 from onnx_decompose.runtime.cases import open_model
 from onnx_decompose.runtime.sessions import Provider
-from onnx_decompose.verification.verify import Inputs, measure_annealing, structural_claim
 from tests.e2e.random_models import NOISE, Recipe, random_model
-from tests.e2e.whole_rewrite import EXACT, check_again, largest_rounding, rewrite_once
+from tests.e2e.whole_rewrite import (
+    EXACT,
+    check_again,
+    check_claim_a,
+    check_claim_b,
+    rewrite_once,
+)
 from tests.e2e.wrapped import Wrapping, reformed, wrapped
 from tools.untouched import untouched_faults
-
-if TYPE_CHECKING:
-    from tests.e2e.whole_rewrite import Outcome
 
 SEEDS = st.integers(0, 2**32 - 1)
 EMITS = st.sampled_from(get_args(Emit))
@@ -46,6 +48,7 @@ def test_nodes_inside(seed: int, emit: Emit, how: Wrapping, noise: bool) -> None
 @settings(max_examples=25)
 @given(seed=SEEDS, emit=EMITS, noise=st.booleans())
 @example(seed=125, emit="auto", noise=True)  # a scale goes into a product without a name
+@example(seed=1228, emit="auto", noise=False)  # float16 that overflows
 def test_products_in_other_forms(seed: int, emit: Emit, noise: bool) -> None:
     model = random_model(Recipe.drawn(seed, NOISE if noise else 0.0))
     check(reformed(model, np.random.default_rng(seed)), emit, noise=noise)
@@ -69,7 +72,8 @@ def check(proto: onnx.ModelProto, emit: Emit, *, noise: bool) -> None:
     onnx.checker.check_model(outcome.model, full_check=True)
     stored = outcome.model.SerializeToString()
     original, rewritten = Model(proto), load_model(onnx.ModelProto.FromString(stored))
-    check_claims(outcome, original, rewritten)
+    if check_claim_a(original, rewritten):
+        check_claim_b(outcome, original, rewritten)
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
         source.write_bytes(before)
@@ -78,15 +82,3 @@ def check(proto: onnx.ModelProto, emit: Emit, *, noise: bool) -> None:
     # A new operator may bring its domain.
     assert set(faults) <= {"model field opset_import changed"}
     check_again(original, rewritten, emit, free=True)
-
-
-def check_claims(outcome: Outcome, original: Model, rewritten: Model) -> None:
-    inputs = Inputs(seeds=1)
-    claim = structural_claim(original, rewritten, inputs=inputs, provider=Provider.CPU)
-    assert claim, claim.reason
-    if outcome.tried.is_exact:
-        budget = largest_rounding(original.proto)
-        exact = measure_annealing(
-            original, rewritten, inputs=inputs, provider=Provider.CPU, budget=budget
-        )
-        assert exact, exact.outputs

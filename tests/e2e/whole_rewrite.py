@@ -16,12 +16,14 @@ from onnx_decompose.decomposition.decompose import annealed_model, attempt, rewr
 from onnx_decompose.decomposition.gather import gather_all
 from onnx_decompose.decomposition.renumbering import choose_numbering
 from onnx_decompose.graph.study import study_model
-from onnx_decompose.model.metadata import write_decomposition
+from onnx_decompose.model.metadata import read_decomposition, write_decomposition
 from onnx_decompose.model.model_io import Model, load_model, save_model
 from onnx_decompose.options import Options
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.planning.cost import CPU
 from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification import proof
+from onnx_decompose.verification.reference import Reference, open_reference
 from onnx_decompose.verification.verify import (
     Inputs,
     measure_annealing,
@@ -98,22 +100,60 @@ def check_rewrite(
     assert again.SerializeToString(deterministic=True) == stored
     original, rewritten = Model(proto), load_model(onnx.ModelProto.FromString(stored))
     onnx.checker.check_model(annealed, full_check=True)
-    inputs = Inputs(seeds=1)
-    claim = structural_claim(original, rewritten, inputs=inputs, provider=Provider.CPU)
-    assert claim, claim.reason
-    check_outputs(annealed, outcome.model, reference=reference)
-    if outcome.tried.is_exact:
-        exact = measure_annealing(
-            original,
-            rewritten,
-            inputs=inputs,
-            provider=Provider.CPU,
-            budget=largest_rounding(proto),
-        )
-        assert exact, exact.outputs
+    if check_claim_a(original, rewritten):
+        check_outputs(annealed, outcome.model, reference=reference)
+        check_claim_b(outcome, original, rewritten)
     check_untouched(proto, stored, outcome.tried)
     check_again(original, rewritten, emit, free=free)
     return outcome
+
+
+def check_claim_a(original: Model, rewritten: Model) -> bool:
+    """Claim A holds; or it refuses rounding of float16, which is allowed to, and the models are one in float64.
+
+    On the CPU onnxruntime computes chains of float16 operators in float32 and rounds at their ends, which are others in
+    a rewritten model: where large terms cancel, that is all that is left, and what float32 still holds may overflow.
+    """
+    inputs = Inputs(seeds=1)
+    claim = structural_claim(original, rewritten, inputs=inputs, provider=Provider.CPU)
+    if claim:
+        return True
+    types = {value.type.tensor_type.elem_type for value in original.proto.graph.output}
+    assert onnx.TensorProto.FLOAT16 in types, claim.reason
+    decomposition = read_decomposition(rewritten.proto, rewritten.label)
+    assert decomposition is not None
+    fault, weights, biases = proof.prove_structure(original, rewritten, decomposition)
+    assert fault is None
+    annealed = proof.annealed_model(original, decomposition, weights, biases)
+    check_in_float64(annealed, rewritten)
+    return False
+
+
+def check_in_float64(annealed: Model, rewritten: Model) -> None:
+    """Two models are one but for rounding: nothing of it is left in float64."""
+    first, second = open_reference(annealed), open_reference(rewritten)
+    assert isinstance(first, Reference), first
+    assert isinstance(second, Reference), second
+    rng = np.random.default_rng(0)
+    for size in (1, 2):
+        feeds = feeds_for_model(annealed.proto, rng, size)
+        got = second.run(feeds)
+        for name, value in first.run(feeds).items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-9, atol=1e-9)
+
+
+def check_claim_b(outcome: Outcome, original: Model, rewritten: Model) -> None:
+    """Where only exact zeros went, nothing but rounding is lost."""
+    if not outcome.tried.is_exact:
+        return
+    exact = measure_annealing(
+        original,
+        rewritten,
+        inputs=Inputs(seeds=1),
+        provider=Provider.CPU,
+        budget=largest_rounding(original.proto),
+    )
+    assert exact, exact.outputs
 
 
 def check_outside(proto: onnx.ModelProto, emit: Emit, options: Options, *, free: bool) -> None:
@@ -130,10 +170,7 @@ def check_outside(proto: onnx.ModelProto, emit: Emit, options: Options, *, free:
         if made is not None:
             original = load_model(source)
             save_model(made, output, data_from=original)
-            claim = structural_claim(
-                original, load_model(output), inputs=Inputs(seeds=1), provider=Provider.CPU
-            )
-            assert claim, claim.reason
+            check_claim_a(original, load_model(output))
         assert {path.name: path.read_bytes() for path in source.parent.glob("in.*")} == before
 
 
