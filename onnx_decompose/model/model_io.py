@@ -53,6 +53,7 @@ __all__ = [
     "load_model",
     "model_files",
     "read_tensor",
+    "remove_folder",
     "remove_temporaries",
     "save_model",
     "writing",
@@ -331,8 +332,19 @@ def writing(path: Path) -> Iterator[Path]:
 
 def remove_temporaries() -> None:
     """What an interruption of the clearing up itself may have left."""
-    for temporary in _temporaries:
-        temporary.unlink(missing_ok=True)
+    while _temporaries:
+        temporary = _temporaries.pop()
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Clear a temporary folder up; what an interruption leaves of it, ``remove_temporaries`` takes."""
+    _temporaries.add(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    _temporaries.discard(folder)
 
 
 _temporaries: set[Path] = set()

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 from onnx_decompose.errors import OutputError
 from onnx_decompose.model.external_data import external_tensors
-from onnx_decompose.model.model_io import Model, load_model, model_files, save_model
+from onnx_decompose.model.model_io import (
+    Model,
+    load_model,
+    model_files,
+    remove_folder,
+    save_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,4 +102,4 @@ def staging(original: Model, output: Path | None) -> Iterator[Stage]:
     try:
         yield Stage(folder, output)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)

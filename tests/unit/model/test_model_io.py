@@ -388,3 +388,22 @@ def test_what_clearing_up_left_is_removed_at_an_interruption(
     assert len(list(tmp_path.iterdir())) == 1
     model_io.remove_temporaries()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_whose_clearing_up_is_interrupted_goes_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "stage"
+    folder.mkdir()
+    (folder / "model.onnx").touch()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model_io.remove_folder(folder)
+    assert folder.exists()
+    model_io.remove_temporaries()
+    assert not folder.exists()
