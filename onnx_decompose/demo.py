@@ -113,7 +113,7 @@ def _run(job: _Job, models: Path, output: Path, console: Console) -> None:
         rewritten,
         inputs=inputs,
         metric=f"{metrics}:accuracy" if job.metric else None,
-        budget=0.01 if job.metric else None,
+        budget=job.budget if job.metric else None,
     )
     show_claims(validation.structural, validation.annealing, console)
     if not validation:
