@@ -35,6 +35,7 @@ class _Job:
         told: what it is.
         metric: of ``metrics.py`` beside the models, for the rewrite.
         budget: of the rewrite.
+        batch: the sizes that it is to be fast at.
     """
 
     model: str
@@ -42,6 +43,7 @@ class _Job:
     told: str
     metric: str | None = None
     budget: float = 0.01
+    batch: tuple[int, ...] = (1, 16, 256)
 
 
 _JOBS = (
@@ -61,6 +63,7 @@ _JOBS = (
         "one MLP for four data sets, trained as usual: taken apart by what is active together",
         "task_likelihood",
         0.02,
+        (256,),
     ),
 )
 
@@ -95,6 +98,7 @@ def _run(job: _Job, models: Path, output: Path, console: Console) -> None:
         calibration=models / f"{job.model}_calibration.npz",
         metric=None if job.metric is None else f"{metrics}:{job.metric}",
         budget=job.budget,
+        batch=job.batch,
     )
     console.rule(f"{job.model}: {job.told}")
     found = analyze(original, options)
@@ -113,7 +117,7 @@ def _run(job: _Job, models: Path, output: Path, console: Console) -> None:
         rewritten,
         inputs=inputs,
         metric=f"{metrics}:accuracy" if job.metric else None,
-        budget=job.budget if job.metric else None,
+        budget=0.01 if job.metric else None,
     )
     show_claims(validation.structural, validation.annealing, console)
     if not validation:
