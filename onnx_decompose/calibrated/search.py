@@ -265,7 +265,6 @@ class _Search:
         self._refitted: dict[_Place, Attempt] = {}
         self._looks: dict[_Place, _Look] = {}
         kinds = options.proposals or GENERATORS
-        self._families = [family for kind in kinds for family in GENERATORS[kind](context)]
         self._turns = [
             _Turn(
                 one,
@@ -273,6 +272,7 @@ class _Search:
             )
             for one in contexts
         ]
+        self._families = list(self._turns[0].families.values())
         folds = [one.parts.choose for one in contexts]
         self._trials = Trials(study.source, folds, inputs, context.provider, options.budget)
 

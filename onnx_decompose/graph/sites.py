@@ -361,28 +361,18 @@ def _site(
     constants: Constants,
 ) -> Site:
     weight = _operands(node)[1]
-    if node.op_type == "Conv":
-        constant = constants[weight]
-        outputs, inputs, *kernel = constant.shape
-        return Site(
-            name=name,
-            node=index,
-            op_type=node.op_type,
-            input=node.input[0],
-            output=node.output[0],
-            weight=weight,
-            tensor=constant.source,
-            transposed=True,
-            shape=(inputs * math.prod(kernel), outputs),
-            kernel=tuple(kernel),
-        )
+    kernel: tuple[int, ...] = ()
     flipped = node.op_type == "Gemm" and bool(attribute_values(node).get("transB", 0))
-    if quantized is None:
-        constant = constants[weight]
-        inputs, outputs = constant.shape[::-1] if flipped else constant.shape
-    else:
+    if quantized is not None:
         constant, (inputs, outputs) = constants[quantized.codes.name], quantized.shape
         flipped = quantized.codes.rows == -1
+    elif node.op_type == "Conv":
+        constant = constants[weight]
+        outputs, channels, *size = constant.shape
+        inputs, kernel = channels * math.prod(size), tuple(size)
+    else:
+        constant = constants[weight]
+        inputs, outputs = constant.shape[::-1] if flipped else constant.shape
     return Site(
         name=name,
         node=index,
@@ -391,8 +381,9 @@ def _site(
         output=node.output[0],
         weight=weight,
         tensor=constant.source,
-        transposed=constant.transposed != flipped,
+        transposed=node.op_type == "Conv" or constant.transposed != flipped,
         shape=(inputs, outputs),
+        kernel=kernel,
         quantized=quantized,
         bias=next((bias for bias in node.input[2:3] if _is_made(bias, node, constants)), ""),
     )
