@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.removal import Removal
     from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.removal_proposals import HiddenAxis
+    from onnx_decompose.graph.sites import Site
     from onnx_decompose.model.model_io import Model
 
     Gone = Mapping[HiddenAxis, NDArray[np.intp]]
@@ -92,7 +93,7 @@ class Curve:
     @functools.cached_property
     def second(self) -> Mapping[HiddenAxis, list[NDArray[np.float64]]]:
         """Second moments of what every reader reads."""
-        return {axis: [self._second(site.input) for site in axis.readers] for axis in self.axes}
+        return {axis: [self._second(site) for site in axis.readers] for axis in self.axes}
 
     @property
     def samples(self) -> int:
@@ -173,8 +174,8 @@ class Curve:
         total: NDArray[np.float64] = np.sum(found, axis=0)
         return total
 
-    def _second(self, value: str) -> NDArray[np.float64]:
-        moments = self.context.fit[value]
+    def _second(self, site: Site) -> NDArray[np.float64]:
+        moments = self.context.read(site)
         return moments.xx + np.outer(moments.mean_x, moments.mean_x)
 
     def _bare(self, proposal: Proposal) -> dict[str, Refit]:

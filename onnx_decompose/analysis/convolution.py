@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.analysis.windows import Window
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -39,34 +41,21 @@ def convolution(
     Returns:
         (batch, N, ...).
     """
-    kernel = w.shape[2:]
-    rank = len(kernel)
-    steps, holes = list(strides or [1] * rank), list(dilations or [1] * rank)
-    spans = [(size - 1) * hole + 1 for size, hole in zip(kernel, holes, strict=True)]
-    edges = list(pads or [0] * (2 * rank))
-    if auto_pad == "VALID":
-        edges = [0] * (2 * rank)
-    elif auto_pad != "NOTSET":
-        wanted = [
-            max((-(-size // step) - 1) * step + span - size, 0)
-            for size, step, span in zip(x.shape[2:], steps, spans, strict=True)
-        ]
-        less, more = [n // 2 for n in wanted], [n - n // 2 for n in wanted]
-        edges = [*less, *more] if auto_pad == "SAME_UPPER" else [*more, *less]
-    padded = np.pad(x, [(0, 0), (0, 0), *zip(edges[:rank], edges[rank:], strict=True)])
-    sizes = [
-        (size - span) // step + 1
-        for size, span, step in zip(padded.shape[2:], spans, steps, strict=True)
-    ]
+    window = Window(
+        w.shape[2:], tuple(strides or ()), tuple(dilations or ()), tuple(pads or ()), auto_pad
+    )
+    padded, sizes = window.padded(x), window.positions(x.shape[2:])
     groups = x.shape[1] // w.shape[1]
     by_group = w.reshape(groups, -1, *w.shape[1:])
     y = np.zeros((x.shape[0], groups, by_group.shape[1], int(np.prod(sizes))), x.dtype)
-    for place in itertools.product(*map(range, kernel)):
-        window = tuple(
+    for place in itertools.product(*map(range, window.kernel)):
+        seen = tuple(
             slice(first * hole, first * hole + (size - 1) * step + 1, step)
-            for first, hole, size, step in zip(place, holes, sizes, steps, strict=True)
+            for first, hole, size, step in zip(
+                place, window.holes, sizes, window.steps, strict=True
+            )
         )
-        part = padded[(slice(None), slice(None), *window)]
+        part = padded[(slice(None), slice(None), *seen)]
         columns = part.reshape(x.shape[0], groups, w.shape[1], -1)
         y = y + np.matmul(by_group[(slice(None),) * 3 + place], columns)
     return y.reshape(x.shape[0], w.shape[0], *sizes)

@@ -13,6 +13,7 @@ from onnx_decompose.analysis.refit import Compensation, degrees_of_freedom
 from onnx_decompose.calibrated.neighbours import with_neighbours
 from onnx_decompose.calibrated.parts import FIT
 from onnx_decompose.calibrated.site_statistics import HELD_BYTES, Held, input_moments
+from onnx_decompose.calibrated.views import view_of
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.model.shapes import opset_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.analysis.gram import Moments
     from onnx_decompose.calibrated.parts import Parts
+    from onnx_decompose.calibrated.views import View
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
     from onnx_decompose.runtime.samples import Samples
@@ -90,13 +92,17 @@ class CalibrationContext:
             and (broadcasts or places[site.name].inside or places[site.name].nodes)
         )
 
+    def view(self, site: Site) -> View:
+        """How ``site`` reads its input."""
+        return view_of(site, self.study.model.proto.graph.node[site.node])
+
     @functools.cached_property
-    def fit(self) -> Mapping[str, Moments]:
-        """Moments of what the original's sites read, by value, on the part to fit on."""
+    def fit(self) -> Mapping[View, Moments]:
+        """Moments of what the original's sites read, by view, on the part to fit on."""
         return self._moments(self.parts.fit)
 
     @functools.cached_property
-    def choose(self) -> Mapping[str, Moments]:
+    def choose(self) -> Mapping[View, Moments]:
         """The same on the part to choose on."""
         return self._moments(self.parts.choose)
 
@@ -107,8 +113,8 @@ class CalibrationContext:
         return with_neighbours(fit, self.rng) if self.neighbours else fit
 
     @functools.cached_property
-    def fitted(self) -> Mapping[str, Moments]:
-        """Moments of what the original's sites read, by value, on what refits are fitted on."""
+    def fitted(self) -> Mapping[View, Moments]:
+        """Moments of what the original's sites read, by view, on what refits are fitted on."""
         return self.fit if self.fitting is self.parts.fit else self._moments(self.fitting)
 
     @functools.cached_property
@@ -116,13 +122,17 @@ class CalibrationContext:
         """The original's own values, as far as they are held, on what refits are fitted and chosen on."""
         return {part: Held(self.held_bytes) for part in (self.fitting, self.parts.choose)}
 
-    def _moments(self, samples: Samples) -> Mapping[str, Moments]:
-        values = list(dict.fromkeys(site.input for site in self.sites))
-        return input_moments(self.study.source, values, samples, self.provider)
+    def _moments(self, samples: Samples) -> Mapping[View, Moments]:
+        views = list(dict.fromkeys(self.view(site) for site in self.sites))
+        return input_moments(self.study.source, views, samples, self.provider, self.seed)
 
-    def power(self, site: Site, moments: Mapping[str, Moments]) -> NDArray[np.float64]:
-        """(N,) variance of what the original's site makes."""
-        return moments[site.input].through(self.study.weight(site)).yy
+    def read(self, site: Site) -> Moments:
+        """Moments of what the original's site reads, on the part to fit on."""
+        return self.fit[self.view(site)]
+
+    def power(self, site: Site) -> NDArray[np.float64]:
+        """(N,) variance of what the original's site makes, on the part to fit on."""
+        return self.read(site).through(self.study.weight(site)).yy
 
     def too_few(self) -> str | None:
         """Why there are too few samples to refit on, with the number that would do; None if there are enough.
@@ -132,9 +142,9 @@ class CalibrationContext:
         """
         entries = {value.name for value in self.study.source.proto.graph.input}
         worst = 0
-        for name, moments in self.fit.items():
+        for view, moments in self.fit.items():
             seen = wanted = 0.0
-            if name in entries:  # what is computed from them varies no more than they do
+            if view.value in entries:  # what is computed from them varies no more than they do
                 seen = degrees_of_freedom(moments.xx, _SURE)
                 wanted = float(np.count_nonzero(moments.spread > 0))
             if moments.count < max(_FEWEST_ROWS, _ROWS_PER_DIRECTION * seen):

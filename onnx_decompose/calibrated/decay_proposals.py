@@ -46,7 +46,7 @@ def decayed_units(context: CalibrationContext) -> Iterator[Family]:
 
     @functools.cache
     def made() -> dict[str, NDArray[np.float64]]:
-        return {site.name: np.sqrt(context.power(site, context.fit)) for site in sites}
+        return {site.name: np.sqrt(context.power(site)) for site in sites}
 
     def at(number: int) -> Proposal | None:
         level = LEVELS[-1 - number]
@@ -66,7 +66,7 @@ def decayed_units(context: CalibrationContext) -> Iterator[Family]:
 def _contribution(context: CalibrationContext, site: Site) -> NDArray[np.float64]:
     """(K, N) the spread of what each entry adds to its output."""
     sizes = np.abs(context.study.weight(site).astype(np.float64))
-    return np.asarray(sizes * context.fit[site.input].spread[:, None])
+    return np.asarray(sizes * context.read(site).spread[:, None])
 
 
 def _live_masks(

@@ -60,9 +60,9 @@ class _EntryAxis:
         """The inputs, least first, and the share of each reader's variance that is lost with them, added up."""
         adds = np.zeros(self.size)
         for site in self.readers:
-            variance = np.maximum(np.diagonal(context.fit[site.input].xx), 0.0)
+            variance = np.maximum(np.diagonal(context.read(site).xx), 0.0)
             wide = context.study.weight(site).astype(np.float64)
-            power = float(context.power(site, context.fit).sum())
+            power = float(context.power(site).sum())
             adds += variance * np.einsum("ij,ij->i", wide, wide) / max(power, 1e-300)
         order = np.argsort(adds, kind="stable")
         return Removal(order, np.cumsum(adds[order]))
@@ -131,7 +131,7 @@ def _pooled(context: CalibrationContext, site: Site, rows: int) -> Family:
     @functools.cache
     def at(number: int) -> Proposal | None:
         weight = context.study.weight(site)
-        variance = np.maximum(np.diagonal(context.fit[site.input].xx), 0.0)
+        variance = np.maximum(np.diagonal(context.read(site).xx), 0.0)
         order, share = least_telling(weight, variance)
         members = np.sort(order[: np.searchsorted(share, LOSSES[number], side="right")])
         if members.size <= rows and not context.turn:

@@ -173,7 +173,7 @@ def _levels(
     context: CalibrationContext, site: Site, weights: FloatArray | None
 ) -> Iterator[tuple[float, Merging]]:
     """Mergings of the outputs, and the share of their (weighted) spread that each is predicted to lose."""
-    weight, moments = context.study.weight(site), context.fit[site.input]
+    weight, moments = context.study.weight(site), context.read(site)
     second = moments.xx
     if context.compensation == "none":  # what differs in the mean is lost as well
         second = second + np.outer(moments.mean_x, moments.mean_x)

@@ -152,8 +152,8 @@ def _proposal(name: str, cuts: Sequence[Cut]) -> Proposal:
 def _energy(context: CalibrationContext, site: Site) -> NDArray[np.float64]:
     """(K, N) share of each output's variance that goes with each entry."""
     squares = context.study.weight(site).astype(np.float64) ** 2
-    squares *= _own_variance(context.fit[site.input].xx)[:, None]
-    power = context.power(site, context.fit)
+    squares *= _own_variance(context.read(site).xx)[:, None]
+    power = context.power(site)
     return np.divide(squares, power, out=np.zeros_like(squares), where=power > 0)
 
 
@@ -169,7 +169,7 @@ def _own_variance(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _loss(context: CalibrationContext, site: Site, source: IntArray, target: IntArray) -> float:
     """Share of the outputs' variance that a refit within groups misses, the mean over the outputs."""
-    moments = context.fit[site.input].through(context.study.weight(site))
+    moments = context.read(site).through(context.study.weight(site))
     varies = moments.yy > 0
     missing = np.where(varies, moments.yy, 0.0)
     for group in np.unique(target):

@@ -15,6 +15,7 @@ import numpy as np
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.refit import RefitWeight, refit_weight
 from onnx_decompose.calibrated.site_statistics import Held, observe
+from onnx_decompose.calibrated.views import Rows
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.closing import restore
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.proposals import Proposal
+    from onnx_decompose.calibrated.views import View
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
     from onnx_decompose.model.model_io import Model
@@ -39,16 +41,16 @@ __all__ = ["annealed_by", "refitted"]
 
 def refitted(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit]:
     """New weights and biases of the sites that ``proposal`` names, from the front of the model to its end."""
-    stages: dict[str, list[Site]] = {}
+    stages: dict[View, list[Site]] = {}
     for site in context.sites:
         if site.name in proposal.masks:
-            stages.setdefault(site.input, []).append(site)
+            stages.setdefault(context.view(site), []).append(site)
     refits: dict[str, Refit] = {}
     current = context.study.source
     # What a stage reads is final: later refits are of sites behind it.
     held = {samples: Held(context.held_bytes) for samples in context.held}
-    for value, sites in stages.items():
-        refits |= _Stage(context, proposal, value, sites, held).refit(current)
+    for view, sites in stages.items():
+        refits |= _Stage(context, proposal, view, sites, held).refit(current)
         if context.sequential:
             current = annealed_by(context.study, refits)
     return refits
@@ -83,11 +85,11 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Stage:
-    """The sites that read one value."""
+    """The sites that read one view of a value."""
 
     context: CalibrationContext
     proposal: Proposal
-    value: str
+    view: View
     sites: Sequence[Site]
     held: Mapping[Samples, Held]
 
@@ -168,7 +170,7 @@ class _Stage:
             weight = weight[:, groups.labels]
             added = np.zeros(site.shape[1])
             if self.context.compensation != "none":
-                before = self.context.fitted[self.value].mean_x @ original.astype(np.float64)
+                before = self.context.fitted[self.view].mean_x @ original.astype(np.float64)
                 added = before - fit.mean_x @ weight[job.rows]
         return Refit(weight.astype(original.dtype), added)
 
@@ -177,7 +179,7 @@ class _Stage:
         weight = self._each(site, self.proposal.wanted(site, self.context.study.weight(site)))
         if self.context.compensation == "none":
             return np.zeros(weight.shape[1])
-        constants: NDArray[np.float64] = self.context.fitted[self.value].mean_x @ weight
+        constants: NDArray[np.float64] = self.context.fitted[self.view].mean_x @ weight
         return constants
 
     def _shift(self, site: Site) -> NDArray[np.float64] | float:
@@ -237,11 +239,12 @@ class _Stage:
         if focus is None:
             (job,) = jobs
             return [self._alike(job, self._columns(wide, job), current, samples)]
-        adding = [MomentAccumulator() for _ in jobs]
-        values = list(dict.fromkeys((self.value, *focus.entries)))
+        assert self.view.window is None  # shares are of a value's own rows
+        adding, value = [MomentAccumulator() for _ in jobs], self.view.value
+        values = list(dict.fromkeys((value, *focus.entries)))
         for now, before in self._values(values, current, samples):
             shares = focus.shares(before)
-            z, x = _rows(before[self.value]), _rows(now[self.value])
+            z, x = (found[value].reshape(-1, found[value].shape[-1]) for found in (before, now))
             for job, accumulator in zip(jobs, adding, strict=True):
                 weight = np.ones(len(z)) if job.group is None else shares[:, job.group]
                 counts = weight > 0
@@ -256,7 +259,7 @@ class _Stage:
         """Where all rows count alike: the outputs' own moments are known, the rest follows from those of x with z."""
         context = self.context
         known = context.fitted if samples is context.fitting else context.choose
-        wanted = known[self.value].through(weight)
+        wanted = known[self.view].through(weight)
         if current is context.study.source:
             rows = job.rows
             return Moments(
@@ -267,9 +270,11 @@ class _Stage:
                 wanted.xy[rows],
                 wanted.yy,
             )
-        adding = MomentAccumulator()
-        for now, before in self._values([self.value], current, samples):
-            adding.update(_rows(now[self.value])[:, job.rows], _rows(before[self.value]))
+        adding, value = MomentAccumulator(), self.view.value
+        reading = Rows(self.view, samples.count, context.seed)
+        for now, before in self._values([value], current, samples):
+            for x, z in reading.each(now[value], before[value]):
+                adding.update(x[:, job.rows], z)
         found = adding.result()
         return dataclasses.replace(
             found, mean_y=found.mean_y @ weight, xy=found.xy @ weight, yy=wanted.yy
@@ -285,7 +290,7 @@ class _Stage:
         if current is source:
             yield from ((found, found) for found in before)
             return
-        now = observe(current, [self.value], samples, provider, self.held[samples])
+        now = observe(current, [self.view.value], samples, provider, self.held[samples])
         yield from zip(now, before, strict=True)
 
     def _columns(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:
@@ -293,7 +298,3 @@ class _Stage:
 
     def _joined(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:
         return self._columns(arrays, job)[job.rows]
-
-
-def _rows(values: NDArray[Any]) -> NDArray[Any]:
-    return values.reshape(-1, values.shape[-1])

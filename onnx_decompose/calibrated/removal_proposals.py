@@ -87,7 +87,7 @@ def readers_of(context: CalibrationContext, axis: HiddenAxis) -> list[Reader]:
     return [
         Reader(moments.xx, context.study.weight(site).astype(np.float64), moments.count)
         for site in axis.readers
-        for moments in (context.fit[site.input],)
+        for moments in (context.read(site),)
     ]
 
 

@@ -160,7 +160,7 @@ def _contexts(
     samples = inputs.samples
     assert samples is not None
     context = context_for(study, options, samples, provider, inputs.metric)
-    read = {site.input: site.shape[0] for site in context.sites}
+    read = {context.view(site): site.shape[0] for site in context.sites}
     moments = sum(8 * units**2 for units in read.values())
     if context.parts.choose.count >= _MANY or moments > _MOST_MOMENTS:
         return [context]

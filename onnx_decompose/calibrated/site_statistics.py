@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
+from onnx_decompose.calibrated.views import Rows, View
 from onnx_decompose.graph.regions import reads
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME, open_model
@@ -112,14 +113,16 @@ def observe(
 
 
 def input_moments(
-    model: Model, values: Sequence[str], samples: Samples, provider: Provider
-) -> dict[str, Moments]:
-    """Moments of each value with itself, by name."""
-    adding = {name: MomentAccumulator() for name in values}
+    model: Model, views: Sequence[View], samples: Samples, provider: Provider, seed: int
+) -> dict[View, Moments]:
+    """Moments of each view with itself; ``seed`` as of ``Rows``."""
+    adding = {view: (Rows(view, samples.count, seed), MomentAccumulator()) for view in views}
+    values = list(dict.fromkeys(view.value for view in views))
     for found in observe(model, values, samples, provider):
-        for name, accumulator in adding.items():
-            accumulator.update(found[name])
-    return {name: accumulator.result() for name, accumulator in adding.items()}
+        for view, (rows, accumulator) in adding.items():
+            for (x,) in rows.each(found[view.value]):
+                accumulator.update(x)
+    return {view: accumulator.result() for view, (_, accumulator) in adding.items()}
 
 
 def _exposed(model: Model, values: Sequence[str], known: Mapping[str, NDArray[Any]]) -> Model:

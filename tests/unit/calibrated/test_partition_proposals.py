@@ -90,7 +90,7 @@ def test_the_predicted_loss_is_what_a_refit_misses(rng: np.random.Generator) -> 
     losses = []
     for site in region.sites:
         weight = two.study.weight(site).astype(np.float64)
-        moments = two.context.fit[site.input].through(weight)
+        moments = two.context.read(site).through(weight)
         missing = []
         for output, mask in enumerate(cut.masks[site.name].T):
             kept = np.flatnonzero(mask)
