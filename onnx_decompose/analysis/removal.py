@@ -33,6 +33,9 @@ _ROWS_PER_UNIT = 2.0
 """Of fewer rows the small eigenvalues of a covariance are far too small: (1 - sqrt(1/2))^2 of the right ones here."""
 _BLOCK = 64
 """Units that go before what is left of the others is written anew."""
+_TRUSTED = 0.5
+"""Of 1 / (variance of a unit), which P_ii cannot be under: what is, rounding has made."""
+_MORE_RIDGE = 10.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +108,8 @@ class _State:
 
     What the last units changed is kept apart, V = V0 - U Z and P = P0 - U U^T, with a column p / sqrt(P_ii) of U and a
     row v / sqrt(P_ii) of Z for each of them, so that the large matrices are only read until they are brought up to
-    date, for a block of units at once.
+    date, for a block of units at once. Where units say nearly the same, rounding adds up in P; as soon as it shows,
+    V and P are worked out from the covariance again, with a larger ridge if that is not enough.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -113,9 +117,11 @@ class _State:
         self.power = float(np.einsum("ij,ij->", reader.weight, covariance @ reader.weight))
         mean = float(np.diagonal(covariance).mean())
         enough = reader.rows >= _ROWS_PER_UNIT * covariance.shape[0]
-        ridge = _RIDGE if enough else _RIDGE_OF_FEW
-        ridged = covariance + max(ridge * mean, 1e-30) * np.eye(covariance.shape[0])
-        self._begin(np.array(reader.weight, np.float64), scipy.linalg.inv(ridged))
+        self._ridge = max((_RIDGE if enough else _RIDGE_OF_FEW) * mean, 1e-30)
+        self._covariance, self._wanted = covariance, reader.weight
+        self._units = np.arange(covariance.shape[0])
+        self._begin(np.array(reader.weight, np.float64), self._inverted(self._units))
+        self._renew_if_needed()
 
     def _begin(self, weight: FloatArray, inverse: FloatArray) -> None:
         units, outputs = weight.shape
@@ -125,14 +131,12 @@ class _State:
         self._gone = 0
         self._squares = np.einsum("ij,ij->i", weight, weight)
         self._diagonal = np.diagonal(inverse).copy()
+        self._alive = np.ones(units, dtype=bool)
 
     def costs(self) -> FloatArray:
         """What each unit would cost; of one that went nothing is left."""
         found: FloatArray = np.divide(
-            self._squares,
-            self._diagonal,
-            out=np.zeros_like(self._squares),
-            where=self._diagonal > 0,
+            self._squares, self._diagonal, out=np.zeros_like(self._squares), where=self._alive
         )
         return found
 
@@ -140,6 +144,10 @@ class _State:
         """Let the others take over."""
         columns, rows = self._columns[:, : self._gone], self._rows[: self._gone]
         column = self._inverse[unit] - columns @ columns[unit]
+        self._alive[unit] = False
+        if column[unit] < self._least()[unit]:
+            self._renew()
+            return
         scale = 1 / np.sqrt(column[unit])
         column *= scale
         row = (self._weight[unit] - columns[unit] @ rows) * scale
@@ -150,6 +158,7 @@ class _State:
         self._squares[unit] = self._diagonal[unit] = 0
         self._columns[:, self._gone], self._rows[self._gone] = column, row
         self._gone += 1
+        self._renew_if_needed()
 
     def keep(self, alive: NDArray[np.bool_]) -> None:
         """Forget the units that went, and bring the rest up to date."""
@@ -157,4 +166,37 @@ class _State:
         weight, inverse = self._weight[alive], self._inverse[np.ix_(alive, alive)]
         weight -= columns @ rows
         inverse -= columns @ columns.T
+        self._units = self._units[alive]
         self._begin(weight, inverse)
+        self._renew_if_needed()
+
+    def _least(self) -> FloatArray:
+        """What P_ii cannot be under, but for rounding."""
+        variances = np.diagonal(self._covariance)[self._units] + self._ridge
+        least: FloatArray = _TRUSTED / variances
+        return least
+
+    def _renew_if_needed(self) -> None:
+        if (self._diagonal < self._least())[self._alive].any():
+            self._renew()
+
+    def _renew(self) -> None:
+        """V and P of the units that are left from the covariance, with as much ridge as it takes."""
+        alive = self._alive.copy()
+        units = self._units[alive]
+        left = self._inverted(units)
+        while (np.diagonal(left) < self._least()[alive]).any():
+            self._ridge *= _MORE_RIDGE
+            left = self._inverted(units)
+        weight = np.zeros_like(self._weight)
+        weight[alive] = left @ (self._covariance[units] @ self._wanted)
+        inverse = np.zeros_like(self._inverse)
+        inverse[np.ix_(alive, alive)] = left
+        self._begin(weight, inverse)
+        self._alive = alive
+
+    def _inverted(self, units: IntArray) -> FloatArray:
+        """P of these units."""
+        ridged = self._covariance[np.ix_(units, units)] + self._ridge * np.eye(units.size)
+        inverse: FloatArray = scipy.linalg.inv(ridged)
+        return inverse

@@ -90,3 +90,22 @@ def test_small_losses_are_told_where_there_are_enough_rows() -> None:
         told[rows] = removal.lost[0] / (_left(covariance, weight, kept) / power)
     assert told[4000.0] == pytest.approx(1.0, rel=0.05)
     assert told[10.0] > 10
+
+
+@pytest.mark.parametrize("decay", [25.0, 40.0])
+def test_the_loss_is_that_of_a_refit_where_units_nearly_repeat_each_other(decay: float) -> None:
+    """Variances from 1 to e^-40: rounding in the inverse covariance is larger than many of its entries."""
+    rng = np.random.default_rng(3)
+    size = 200
+    axes = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    covariance = (axes * np.exp(-np.arange(size) / size * decay)) @ axes.T
+    reader = Reader(covariance, rng.normal(size=(size, 20)))
+    removal = removal_order([reader])
+    power = np.einsum("ij,ij->", reader.weight, covariance @ reader.weight)
+    assert np.isfinite(removal.lost).all()
+    assert removal.order.size < size
+    for count in (size // 2, 3 * size // 4, removal.order.size):
+        kept = np.setdiff1d(np.arange(size), removal.order[:count])
+        assert removal.lost[count - 1] == pytest.approx(
+            _left(covariance, reader.weight, kept) / power, rel=1e-2, abs=1e-8
+        )
