@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_decompose.graph.per_unit import constant_axis, constant_units, neutral
+from onnx_decompose.graph.per_unit import (
+    constant_axis,
+    constant_units,
+    neutral,
+    scaled_operand,
+)
 from onnx_decompose.graph.quantized import INTEGER_PRODUCTS
 from onnx_decompose.passes.site_weights import SiteWeights
 from onnx_decompose.passes.splice import Placed
@@ -353,7 +358,11 @@ class BranchEmitter:
 
     def _elementwise(self, node: onnx.NodeProto, index: int) -> None:
         made = node.output[0]
+        scaled = scaled_operand(node, self._constants, self._ops.ranks, self._region.unit_axis)
         for number, output in enumerate(self._outputs(made)):
+            if scaled is not None and self._is_one(node, *scaled, number):
+                self._local[made][number] = self._local[scaled[0]][number]
+                continue
             inputs: list[Value] = []
             for position, name in enumerate(node.input):
                 if name in self._region.axis_of:
@@ -365,6 +374,18 @@ class BranchEmitter:
             units = self._units(made, number)
             attributes = {"group": units.size} if node.op_type == "Conv" else {}
             self._copy(node, inputs, output, index, number, attributes)
+
+    def _is_one(self, node: onnx.NodeProto, value: str, name: str, number: int) -> bool:
+        """Whether ``node`` leaves ``value`` as it is in branch ``number``: its factor, ``name``, is one."""
+        made = node.output[0]
+        # What is read outside has to be made, and a single unit becomes several.
+        if made in self._region.exits or value not in self._region.axis_of:
+            return False
+        values = self._constants.array(name).ravel()
+        axis = self._region.axis_of[made]
+        if values.size == self._region.axis_sizes[axis]:
+            values = values[self._branches[number].units[axis]]
+        return bool((values == 1).all())
 
     def _copy(
         self,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnx_decompose.graph.per_unit import scaled_operand
 from onnx_decompose.graph.unit_layouts import folded_biases, stack_form
 from onnx_decompose.passes.layouts import LAYOUTS, Spread
 from onnx_decompose.passes.splice import Placed
@@ -225,6 +226,13 @@ class GroupedEmitter:
 
     def _elementwise(self, node: onnx.NodeProto, index: int) -> str:
         made: str = node.output[0]
+        scaled = scaled_operand(node, self._constants, self._ops.ranks, -1)
+        # What is read outside has to be made, and a single unit becomes several.
+        if scaled and scaled[0] in self._local and made not in self._region.exits:
+            value, factor = scaled
+            if (self._constants.array(factor) == 1).all():
+                self._local[made] = self._local[value]
+                return made
         outside = {
             name: self._operand(name, index)
             for name in node.input

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from onnx_decompose.graph.biases import find_biases
+from onnx_decompose.graph.gates import find_gates
 from onnx_decompose.graph.quantized import weight_position
 from onnx_decompose.model.constants import Constants
 from onnx_decompose.model.model_io import Model
@@ -15,12 +16,13 @@ from onnx_decompose.passes.base import GraphPass, PassResult
 from onnx_decompose.passes.splice import ORIGIN_KEY, Fresh, constant_nodes, with_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import onnx_graphsurgeon as gs
     from numpy.typing import NDArray
 
     from onnx_decompose.graph.biases import Bias
+    from onnx_decompose.graph.gates import Gate
     from onnx_decompose.graph.sites import Site
 
 __all__ = ["ReplaceWeights"]
@@ -35,6 +37,8 @@ class ReplaceWeights(GraphPass):
         biases: site -> its new bias, (N,), of the weight's type, stored where ``biases.find_biases`` says; where
             that is nowhere, an Add takes over the site's output.
         absorbed: site -> how many of the nodes after it (``biases.absorbable``) its new weight and bias stand for.
+        slopes: sites whose new weight and bias hold the slope of the gate after them (``gates.find_gates``), which the
+            weights of those that read the gate make up for.
         record: filled with the initializer that holds each new bias, by site name.
         outputs: filled with the value that a site's own node makes now, by site name, where it is another one.
     """
@@ -42,18 +46,23 @@ class ReplaceWeights(GraphPass):
     weights: Mapping[Site, NDArray[Any]]
     biases: Mapping[Site, NDArray[Any]] = dataclasses.field(default_factory=dict)
     absorbed: Mapping[Site, int] = dataclasses.field(default_factory=dict)
+    slopes: Collection[Site] = ()
     record: dict[str, str] = dataclasses.field(default_factory=dict)
     outputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def touched(self, model: Model) -> frozenset[int]:
         """The sites and their biases, which read tensors of their own now, and the constants that only they read."""
         sites = {site.node for site in (*self.weights, *self.biases, *self.absorbed)}
-        after = {node for bias in self._places(model).values() for node in bias.nodes}
+        places = self._places(model)
+        after = {node for bias in places.values() for node in bias.nodes}
+        after |= {
+            n for gate in self._gates(model, places) for n in (gate.scaling, gate.sigmoid)
+        }
         return frozenset(sites | after | constant_nodes(model.proto.graph))
 
     def call(self, model: Model) -> PassResult:
         """Add an initializer for each new weight and bias, and point the node that uses it to it."""
-        if not (self.weights or self.biases or self.absorbed):
+        if not (self.weights or self.biases or self.absorbed or self.slopes):
             return PassResult(model, modified=False)
         edit = _Edit(model.proto.graph)
         for site, weight in self.weights.items():
@@ -69,13 +78,20 @@ class ReplaceWeights(GraphPass):
                 stored = edit.constant(wanted, self.biases[site].reshape(shape), shared=False)
                 self.record[site.name] = stored
             self.outputs[site.name] = edit.affine(site, bias, stored)
+        for gate in self._gates(model, places):
+            edit.without_slope(gate)
         proto = with_nodes(model.proto, edit.ordered(), edit.tensors.values())
         return PassResult(Model(proto, model.path), modified=True)
 
     def _places(self, model: Model) -> Mapping[str, Bias]:
-        sites = dict.fromkeys((*self.biases, *self.absorbed))
+        sites = dict.fromkeys((*self.biases, *self.absorbed, *self.slopes))
         counts = {site.name: count for site, count in self.absorbed.items()}
         return find_biases(model.proto.graph, sites, Constants(model), counts) if sites else {}
+
+    def _gates(self, model: Model, places: Mapping[str, Bias]) -> Collection[Gate]:
+        if not self.slopes:
+            return ()
+        return find_gates(model.proto.graph, self.slopes, Constants(model), places).values()
 
 
 class _Edit:
@@ -157,6 +173,13 @@ class _Edit:
                 "Add", [node.output[0], tensor], [last], name
             )
         return str(node.output[0])
+
+    def without_slope(self, gate: Gate) -> None:
+        """Let a gate open by its value alone."""
+        self._gone.add(gate.scaling)
+        node = self.own(gate.sigmoid)
+        node.input[0] = gate.value
+        node.metadata_props.add(key=ORIGIN_KEY, value=node.name or node.output[0])
 
     def ordered(self) -> list[onnx.NodeProto]:
         """All nodes that are left, the new ones in their places."""

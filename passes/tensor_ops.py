@@ -31,7 +31,7 @@ class TensorOps:
         self.unit_axis = -1
         self.opset = opset
         self.shapes = shapes
-        self._ranks = {name: len(shape) for name, shape in shapes.items()}
+        self.ranks = {name: len(shape) for name, shape in shapes.items()}
         self.fresh = fresh
         self.placed: list[Placed] = []
         self.constants: dict[str, list[Block]] = {}
@@ -46,7 +46,7 @@ class TensorOps:
 
     def axis(self, value: str) -> int:
         """The unit axis of ``value`` as an attribute; negative axes came with operator set 11."""
-        return self.unit_axis if self.opset >= 11 else self._ranks[value] + self.unit_axis
+        return self.unit_axis if self.opset >= 11 else self.ranks[value] + self.unit_axis
 
     def add(
         self,
@@ -155,7 +155,7 @@ class TensorOps:
         onnxruntime has it for float32 and float64 on the CPU.
         """
         # Of a vector it makes a matrix, and it knows the last axis alone.
-        if self._ranks.get(like, 1) < 2 or self.unit_axis != -1:
+        if self.ranks.get(like, 1) < 2 or self.unit_axis != -1:
             self.gather(value, units, output, like, place)
             return
         indices = self.fresh.constant(f"{output.name}.units", units.astype(np.int64))
@@ -165,7 +165,7 @@ class TensorOps:
 
     def can_pad(self, like: str) -> bool:
         """Whether :meth:`pad` can be written: axes can be named since operator set 18, before that all are padded."""
-        return self.opset >= 18 or like in self._ranks
+        return self.opset >= 18 or like in self.ranks
 
     def pad(
         self, value: Value, around: tuple[int, int], output: Value, like: str, place: int
@@ -181,7 +181,7 @@ class TensorOps:
             ]
             self.add("Pad", [value, *inputs], [output], place, attrs)
             return
-        others = [0] * (self._ranks[like] - 1)
+        others = [0] * (self.ranks[like] - 1)
         widths = [*others, around[0], *others, around[1]]
         if self.opset < 11:
             self.add("Pad", [value], [output], place, {**attrs, "pads": widths})

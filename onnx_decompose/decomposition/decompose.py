@@ -22,6 +22,7 @@ from onnx_decompose.errors import PassError
 from onnx_decompose.graph.biases import absorbable, find_biases, region_in
 from onnx_decompose.graph.closing import restore
 from onnx_decompose.graph.flat import Flat
+from onnx_decompose.graph.gates import find_gates, reading_sites, with_slopes
 from onnx_decompose.graph.sites import stored_nothing
 from onnx_decompose.graph.study import state_graph, study_model
 from onnx_decompose.model.metadata import (
@@ -73,6 +74,7 @@ class Attempt:
         added: what folded constant units add to the products of rewritten sites, (N,) float64 by name; see
             ``folding.Folding``.
         absorbed: how many per-unit scales and shifts go into weight and bias of rewritten sites, by name.
+        slopes: names of the rewritten sites that hold the slope of the gate after them as well (``graph.gates``).
         refits: what stands in the place of a site's original entries before anything is removed, by name; what it adds
             is in ``added`` as well.
     """
@@ -85,6 +87,7 @@ class Attempt:
     recurrent: RecurrentAttempt
     added: Mapping[str, NDArray[np.float64]]
     absorbed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    slopes: frozenset[str] = frozenset()
     refits: Mapping[str, Refit] = dataclasses.field(default_factory=dict)
 
     @property
@@ -184,7 +187,7 @@ class Attempt:
         found: dict[Site, NDArray[Any]] = {}
         for region, plan in self.rewrites:
             for site in region.sites:
-                if site.name not in self.added and site.name not in self.absorbed:
+                if site.name not in {*self.added, *self.absorbed, *self.slopes}:
                     continue
                 bias, dtype = places[site.name], self.study.weight(site).dtype
                 values = bias.stored(0.0, dtype)
@@ -207,10 +210,21 @@ class Attempt:
             if site.name in self.absorbed
         }
 
+    @property
+    def sloping(self) -> tuple[Site, ...]:
+        """The rewritten sites that hold the slope of the gate after them."""
+        return tuple(
+            site
+            for region, _ in self.rewrites
+            for site in region.sites
+            if site.name in self.slopes
+        )
+
     def _biases(self) -> dict[str, Bias]:
         sites = [site for region, _ in self.rewrites for site in region.sites]
-        graph = self.study.model.proto.graph
-        return find_biases(graph, sites, self.study.constants, self.absorbed)
+        graph, constants = self.study.model.proto.graph, self.study.constants
+        places = find_biases(graph, sites, constants, self.absorbed)
+        return with_slopes(graph, sites, constants, places, self.slopes)
 
 
 def attempt(  # noqa: PLR0913 (what is known, what is asked for, and what was refitted)
@@ -269,12 +283,14 @@ def attempt(  # noqa: PLR0913 (what is known, what is asked for, and what was re
 
 
 def absorbing(tried: Attempt) -> Attempt:
-    """The attempt with the scales and shifts that its rewritten sites can take in.
+    """The attempt with the scales, shifts and slopes that its rewritten sites can take in.
 
     Scaled weights are rounded anew, so that an attempt that changes no entry takes in none.
     """
-    absorbed = {} if tried.is_exact else _absorbable(tried)
-    return dataclasses.replace(tried, absorbed=absorbed)
+    if tried.is_exact:
+        return dataclasses.replace(tried, absorbed={}, slopes=frozenset())
+    absorbed = _absorbable(tried)
+    return dataclasses.replace(tried, absorbed=absorbed, slopes=_slopes(tried, absorbed))
 
 
 def _plan(
@@ -307,7 +323,7 @@ def annealed_model(tried: Attempt) -> Model:
         for site, weight in tried.annealed()
         if not np.array_equal(weight, tried.study.stored(site))
     }
-    replacing = ReplaceWeights(changed, tried.biases(), tried.absorbing)
+    replacing = ReplaceWeights(changed, tried.biases(), tried.absorbing, tried.sloping)
     annealed = tried.recurrent.annealed(replacing(tried.study.model).model)
     return restore(tried.study.flat, annealed)
 
@@ -316,7 +332,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
     """The model with every planned region written as branches, and what its metadata will say."""
     biases, kept, scaled = tried.biases(), tried.annealer(scaled=False), tried.annealer()
     # Biases are a matter of the dense graph: whatever writes the branches finds them in their places.
-    folding = ReplaceWeights({}, biases, tried.absorbing)
+    folding = ReplaceWeights({}, biases, tried.absorbing, tried.sloping)
     folded = folding(tried.study.model).model
     before, after = tried.study.model.proto.graph, folded.proto.graph
     dense = tried.study if folded is tried.study.model else study_model(Flat(folded, folded))
@@ -357,6 +373,7 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
             blocks=rewriting.record[site.name],
             bias=folded_biases.get(site.name),
             absorbed=tried.absorbed.get(site.name),
+            slope=site.name in tried.slopes,
         )
         for region, _ in tried.rewrites
         for site in region.sites
@@ -444,21 +461,54 @@ def _absorbable(tried: Attempt) -> dict[str, int]:
     """The per-unit scales and shifts after each rewritten site that its weight and bias can hold."""
     study = tried.study
     graph, constants = study.model.proto.graph, study.constants
-    regions = [region for region, plan in tried.rewrites if plan.decision != "shared"]
-    # A scale cannot go into integers.
-    sites = [s for region in regions for s in region.sites if s.quantized is None]
+    regions, sites = _scalable(tried)
     nodes = {index for region in regions for index in region.nodes}
     counts = absorbable(graph, sites, constants, nodes)
     places = find_biases(graph, sites, constants, counts)
     return {
         site.name: counts[site.name]
         for site in sites
-        if site.name in counts
-        and np.isfinite(places[site.name].scaled(tried.weight(site))).all()
-        and np.isfinite(
-            places[site.name].stored(tried.added.get(site.name, 0.0), study.weight(site).dtype)
-        ).all()
+        if site.name in counts and _holds(tried, site, places[site.name])
     }
+
+
+def _slopes(tried: Attempt, absorbed: Mapping[str, int]) -> frozenset[str]:
+    """The rewritten sites that can hold the slope of the gate after them, which rewritten sites alone read."""
+    study = tried.study
+    graph, constants = study.model.proto.graph, study.constants
+    _, sites = _scalable(tried)
+    places = find_biases(graph, sites, constants, absorbed)
+    gates = find_gates(graph, sites, constants, places)
+    touched = {
+        site.name: {site, *reading}
+        for site in sites
+        if site.name in gates
+        and (reading := reading_sites(graph, gates[site.name], site, sites))
+    }
+    while touched:
+        scaled = with_slopes(graph, sites, constants, places, touched.keys())
+        lost = {
+            site
+            for site in set().union(*touched.values())
+            if not _holds(tried, site, scaled[site.name])
+        }
+        if not lost:
+            break
+        touched = {name: held for name, held in touched.items() if held.isdisjoint(lost)}
+    return frozenset(touched)
+
+
+def _scalable(tried: Attempt) -> tuple[list[Region], list[Site]]:
+    """The rewritten regions and sites whose entries may be scaled: no equal lines, and no integers."""
+    regions = [region for region, plan in tried.rewrites if plan.decision != "shared"]
+    sites = [site for region in regions for site in region.sites if site.quantized is None]
+    return regions, sites
+
+
+def _holds(tried: Attempt, site: Site, place: Bias) -> bool:
+    """Whether the scaled weight and bias of a site are numbers that its type has."""
+    bias = place.stored(tried.added.get(site.name, 0.0), tried.study.weight(site).dtype)
+    return bool(np.isfinite(place.scaled(tried.weight(site))).all() and np.isfinite(bias).all())
 
 
 def _masks(region: Region, selections: Mapping[str, Selection]) -> dict[str, NDArray[np.bool_]]:

@@ -4,7 +4,7 @@ study            all of it together
 flat, closing    graphs inside graphs as one, and back
 lowering         products in other forms (einsum, quantized, recurrent, rearranged) as sites
 sites            nodes with a constant weight; refusals: the others, with a reason
-regions          sites joined by elementwise operators; biases: where their constants are
+regions          sites joined by elementwise operators; biases, gates: where their constants are, and what takes them in
 per_unit         operators that keep units apart; unit_spaces, unit_layouts: what follows from them
 disjoint_sets    union-find
 """

@@ -27,12 +27,21 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
-__all__ = ["Bias", "absorbable", "find_biases", "region_in"]
+__all__ = [
+    "Bias",
+    "absorbable",
+    "find_biases",
+    "is_per_unit_constant",
+    "per_unit_row",
+    "region_in",
+]
+
+_ROWS_AT_A_TIME = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Bias:
-    """The affine part of one site: its value is ``scale * (alpha * x W) + shift``.
+    """The affine part of one site: its value is ``scale * (alpha * (x * rows) W) + shift``.
 
     Attributes:
         nodes: indices of the Mul and Add nodes that are part of it, in order; none for a bias inside a Gemm.
@@ -43,6 +52,8 @@ class Bias:
         shift: (N,) what is added in all.
         constant: name of the constant that the last addition reads now, if any.
         axes: axes of size 1 before the units in the stored bias.
+        value: what is made of all that.
+        rows: (K,) factor of what each row of the weight reads.
     """
 
     nodes: tuple[int, ...]
@@ -53,6 +64,8 @@ class Bias:
     shift: FloatArray
     constant: str | None
     axes: int
+    value: str
+    rows: FloatArray
 
     def stored(self, added: FloatArray | float, dtype: np.dtype[Any]) -> NDArray[Any]:
         """The bias as it is stored, (N,), with ``added`` (N,) to the product x W: float64 up to here, rounded once."""
@@ -61,13 +74,16 @@ class Bias:
             return np.asarray(total.astype(dtype))
 
     def scaled(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """The weight, (K, N), with the scale in it: every entry times its unit's scale, rounded once."""
-        if (self.scale == 1).all():
+        """The weight, (K, N), with both factors in it: every entry times its row's and its unit's, rounded once."""
+        if (self.scale == 1).all() and (self.rows == 1).all():
             return weight
+        scaled: NDArray[Any] = np.empty(weight.shape, weight.dtype)
         with np.errstate(over="ignore"):
-            scaled: NDArray[Any] = np.empty(weight.shape, weight.dtype)
-            np.multiply(weight, self.scale, out=scaled, dtype=np.float64, casting="unsafe")
-            return scaled
+            for start in range(0, weight.shape[0], _ROWS_AT_A_TIME):
+                part = slice(start, start + _ROWS_AT_A_TIME)
+                wide = weight[part].astype(np.float64) * self.rows[part, None]
+                scaled[part] = wide * self.scale
+        return scaled
 
 
 def find_biases(
@@ -148,28 +164,29 @@ def _bias(
     attributes = attribute_values(node)
     alpha = attributes.get("alpha", 1.0)
     scale, shift = np.ones(units), np.zeros(units)
-    inside = _takes_bias(graph, site, constants)
-    name, axes = None, 0
+    inside, rows = _takes_bias(graph, site, constants), np.ones(site.shape[0])
+    name, axes, value = None, 0, site.output
     if site.op_type != "MatMul" and not inside:
-        return Bias((), False, alpha, 1.0, scale, shift, None, 0)
+        return Bias((), False, alpha, 1.0, scale, shift, None, 0, value, rows)
     beta = attributes.get("beta", 1.0) if inside else 1.0
     if inside and len(node.input) > 2 and node.input[2]:
         name = str(node.input[2])
-        shift = shift + beta * _row(constants, name)
+        shift = shift + beta * per_unit_row(constants, name)
         axes = max(len(constants[name].shape) - 1, 0)
     nodes: list[int] = []
     for index, op, constant in _steps(graph, site, constants, readers):
         if len(nodes) == count or (count is None and (inside or nodes or op == "Mul")):
             break
         nodes.append(index)
-        row = _row(constants, constant)
+        value = graph.node[index].output[0]
+        row = per_unit_row(constants, constant)
         if op == "Mul":
             scale, shift = scale * row, shift * row
         else:
             name, shift = constant, shift + row
         if not inside:
             axes = max(axes, len(constants[constant].shape) - 1)
-    return Bias(tuple(nodes), inside, alpha, beta, scale, shift, name, axes)
+    return Bias(tuple(nodes), inside, alpha, beta, scale, shift, name, axes, value, rows)
 
 
 def _takes_bias(graph: onnx.GraphProto, site: Site, constants: Constants) -> bool:
@@ -180,7 +197,9 @@ def _takes_bias(graph: onnx.GraphProto, site: Site, constants: Constants) -> boo
     if attribute_values(node).get("beta", 1.0) == 0:
         return False
     name = node.input[2] if len(node.input) > 2 else ""
-    return not name or (name in constants and _is_per_unit(constants, name, site.shape[1], -1))
+    return not name or (
+        name in constants and is_per_unit_constant(constants, name, site.shape[1], -1)
+    )
 
 
 def _steps(
@@ -204,7 +223,7 @@ def _steps(
             name
             for name in node.input
             if name in constants
-            and _is_per_unit(constants, name, site.shape[1], site.unit_axis)
+            and is_per_unit_constant(constants, name, site.shape[1], site.unit_axis)
         ]
         if len(names) != 1 or attribute_values(node):
             return
@@ -215,12 +234,12 @@ def _steps(
         value = node.output[0]
 
 
-def _row(constants: Constants, name: str) -> FloatArray:
+def per_unit_row(constants: Constants, name: str) -> FloatArray:
     """A per-unit constant, (N,), or (1,) for all units."""
     return constants.array(name).reshape(-1).astype(np.float64)
 
 
-def _is_per_unit(constants: Constants, name: str, units: int, axis: int) -> bool:
+def is_per_unit_constant(constants: Constants, name: str, units: int, axis: int) -> bool:
     """Whether a constant is one number per unit, or one for all, at every position."""
     shape = list(constants[name].shape)
     held = shape.pop(axis) if len(shape) >= -axis else 1

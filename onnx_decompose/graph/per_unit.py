@@ -26,6 +26,7 @@ __all__ = [
     "is_per_unit",
     "leads_with_ones",
     "neutral",
+    "scaled_operand",
 ]
 
 _ELEMENTWISE = {
@@ -155,3 +156,34 @@ def neutral(node: onnx.NodeProto, position: int) -> float:
 def leads_with_ones(constants: Constants, name: str, axis: int) -> bool:
     """Whether all axes before the units of a constant have size 1."""
     return math.prod(constants[name].shape[:axis]) == 1
+
+
+def scaled_operand(
+    node: onnx.NodeProto, constants: Constants, ranks: Mapping[str, int], axis: int
+) -> tuple[str, str] | None:
+    """What a node multiplies or divides by a constant per unit, and the constant: where that is one, nothing changes.
+
+    Args:
+        node: that keeps units apart.
+        constants: the constants of the graph.
+        ranks: axes of every value where they are known.
+        axis: the unit axis of its values.
+
+    Returns:
+        None where the node does something else, or makes more positions than it reads.
+    """
+    if node.op_type not in {"Div", "Mul"}:
+        return None
+    first, second = node.input
+    pairs = [(first, second)] if node.op_type == "Div" else [(first, second), (second, first)]
+    for value, name in pairs:
+        if name not in constants or value in constants:
+            continue
+        shape = list(constants[name].shape)
+        if len(shape) > ranks.get(value, -axis):
+            continue
+        if len(shape) >= -axis:
+            shape.pop(axis)
+        if all(size == 1 for size in shape):
+            return value, name
+    return None

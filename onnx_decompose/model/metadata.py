@@ -150,6 +150,8 @@ class SiteBlocks:
         bias: its bias, where that is another one: constant units were folded into it, or what followed it was absorbed.
         absorbed: how many nodes after the site (``biases.absorbable``) are in its weight and bias now; None where the
             weight keeps its scale.
+        slope: the slope of the gate after all that (``gates.find_gates``) is in its weight and bias too, and its
+            inverse in the rows of every site that reads the gate.
     """
 
     site: str
@@ -159,6 +161,7 @@ class SiteBlocks:
     blocks: tuple[Block, ...]
     bias: FoldedBias | None = None
     absorbed: int | None = None
+    slope: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -359,6 +362,7 @@ def _site_blocks(name: str, fields: Mapping[str, Any]) -> SiteBlocks:
         blocks,
         bias,
         absorbed,
+        bool(fields.get("slope", False)),
     )
 
 
@@ -374,6 +378,8 @@ def _site_json(site: SiteBlocks) -> dict[str, Any]:
         fields["bias"] = {"sha256": site.bias.sha256, "blocks": parts}
     if site.absorbed is not None:
         fields["absorbed"] = site.absorbed
+    if site.slope:
+        fields["slope"] = True
     return fields
 
 

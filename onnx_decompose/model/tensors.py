@@ -22,6 +22,7 @@ __all__ = [
     "graph_outputs",
     "is_float",
     "largest_number",
+    "smallest_normal",
     "tensor_dtype",
 ]
 
@@ -65,6 +66,11 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 def largest_number(dtype: np.dtype[Any]) -> float:
     """The largest finite number of a floating-point type, bfloat16 included."""
     return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+
+
+def smallest_normal(dtype: np.dtype[Any]) -> float:
+    """The smallest positive number that a floating-point type, bfloat16 included, holds with all of its digits."""
+    return float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from onnx_decompose.errors import ModelError
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.closing import restore
 from onnx_decompose.graph.flat import flatten
+from onnx_decompose.graph.gates import find_gates, reading_sites, with_slopes
 from onnx_decompose.graph.rearranged import Rearranged
 from onnx_decompose.graph.recurrent import RecurrentWeight, find_recurrent
 from onnx_decompose.graph.sites import Site, find_sites, stored_nothing, stored_weight
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.graph.biases import Bias
     from onnx_decompose.model.metadata import Block, SiteBlocks
 
 
@@ -56,13 +58,11 @@ def prove_structure(
     cells, _ = find_recurrent(original, constants)
     recurrent = {weight.name: weight for cell in cells for weight in cell.all_weights}
     stored = {tensor.name: tensor for tensor in rewritten.proto.graph.initializer}
-    fault: str | None = None
     weights: dict[Site | RecurrentWeight, NDArray[Any]] = {}
     used: dict[str, NDArray[np.bool_]] = {}
     biases: dict[Site, NDArray[Any]] = {}
-    places = find_biases(
-        original.proto.graph, sites.values(), constants, _absorbed(decomposition)
-    )
+    places = _places(original, sites, constants, decomposition)
+    fault = _missing_gate(original, sites, constants, decomposition)
     for name, blocks in decomposition.sites.items():
         site = sites.get(name) or recurrent.get(name)
         if site is None or site.shape != blocks.shape:
@@ -81,27 +81,18 @@ def prove_structure(
         if rebuilt is None:
             return f"site '{name}': {reason}", weights, biases
         fault = fault or reason or _compare_weights(blocks, before, rebuilt, rest)
-        if blocks.absorbed is not None or not np.array_equal(rebuilt, weight):
+        takes_in = blocks.absorbed is not None or blocks.slope
+        if takes_in or not np.array_equal(rebuilt, weight):
             weights[site] = rebuilt
-        if blocks.bias is None or isinstance(site, RecurrentWeight):
+        if isinstance(site, RecurrentWeight):
             continue
-        held = places[name].stored(0.0, before.dtype)
-        reason, row = _rebuild(rewritten, stored, blocks.bias.blocks, held[None, :])
-        if row is None:
-            return f"site '{name}': {reason}", weights, biases
-        if digest(row[0]) != blocks.bias.sha256:
-            reason = f"site '{name}': the bias rebuilt from its blocks is not the annealed bias"
+        reason, bias = _rebuild_bias(rewritten, stored, blocks, places[name], before.dtype)
         fault = fault or reason
-        biases[site] = row[0]
+        if bias is not None:
+            biases[site] = bias
     fault = fault or _foreign_entries(rewritten, stored, used)
-    fault = fault or _compare_reordered(rewritten, stored, decomposition, constants)
-    fault = fault or _compare_constants(
-        rewritten, stored, decomposition, Rearranged(original, constants)
-    )
-    changed = _changed_tensor(original, rewritten)
-    if fault is None and changed is not None:
-        fault = f"tensor '{changed}', which was not rewritten, is not the original's"
-    return fault or _changed_node(original, rewritten), weights, biases
+    fault = fault or _compare_rest(original, rewritten, decomposition, constants)
+    return fault, weights, biases
 
 
 def _flat(original: Model, rewritten: Model) -> tuple[Model, Model]:
@@ -121,9 +112,10 @@ def annealed_model(
     counts = _absorbed(decomposition)
     plain = {site: array for site, array in weights.items() if isinstance(site, Site)}
     absorbed = {site: counts[site.name] for site in plain if site.name in counts}
+    slopes = [site for site in plain if decomposition.sites[site.name].slope]
     others = {site.name: array for site, array in weights.items() if site not in plain}
     cells = find_recurrent(flat.model, Constants(flat.model))[0] if others else ()
-    model = ReplaceWeights(plain, biases, absorbed)(flat.model).model
+    model = ReplaceWeights(plain, biases, absorbed, slopes)(flat.model).model
     return restore(flat, ReplaceRecurrentWeights(cells, others)(model).model)
 
 
@@ -171,6 +163,30 @@ def _rebuild(
         places = named.setdefault(block.initializer, np.zeros(values.shape, bool))
         block.view(places)[np.ix_(*block.places)] = True
     return (_foreign_entries(model, stored, named) if is_bias else None), rebuilt
+
+
+def _rebuild_bias(
+    model: Model,
+    stored: Mapping[str, onnx.TensorProto],
+    blocks: SiteBlocks,
+    place: Bias,
+    dtype: np.dtype[Any],
+) -> tuple[str | None, NDArray[Any] | None]:
+    """What is wrong with a site's bias, and the bias, (N,); None where that is the original's."""
+    if blocks.bias is None:
+        takes_in = blocks.absorbed is not None or blocks.slope
+        if takes_in and place.stored(0.0, dtype).any():
+            return f"site '{blocks.site}': the bias that it absorbed is missing", None
+        return None, None
+    rest = place.stored(0.0, dtype)[None, :]
+    reason, row = _rebuild(model, stored, blocks.bias.blocks, rest)
+    if row is None:
+        return f"site '{blocks.site}': {reason}", None
+    if digest(row[0]) != blocks.bias.sha256:
+        reason = (
+            f"site '{blocks.site}': the bias rebuilt from its blocks is not the annealed bias"
+        )
+    return reason, row[0]
 
 
 def _as_rows(values: NDArray[Any], block: Block) -> NDArray[Any]:
@@ -235,6 +251,59 @@ def _absorbed(decomposition: Decomposition) -> dict[str, int]:
         for name, site in decomposition.sites.items()
         if site.absorbed is not None
     }
+
+
+def _places(
+    original: Model,
+    sites: Mapping[str, Site],
+    constants: Constants,
+    decomposition: Decomposition,
+) -> dict[str, Bias]:
+    """The affine part of each site, with all that the metadata says it absorbed."""
+    graph, slopes = original.proto.graph, _slopes(decomposition)
+    places = find_biases(graph, sites.values(), constants, _absorbed(decomposition))
+    return with_slopes(graph, sites.values(), constants, places, slopes)
+
+
+def _slopes(decomposition: Decomposition) -> set[str]:
+    """Names of the sites whose weight and bias hold the slope of the gate after them."""
+    return {name for name, site in decomposition.sites.items() if site.slope}
+
+
+def _missing_gate(
+    original: Model,
+    sites: Mapping[str, Site],
+    constants: Constants,
+    decomposition: Decomposition,
+) -> str | None:
+    """A slope that cannot have been absorbed: there is no such gate, or something reads it that was not rewritten."""
+    graph = original.proto.graph
+    holding = [sites[name] for name in sorted(_slopes(decomposition)) if name in sites]
+    places = find_biases(graph, holding, constants, _absorbed(decomposition))
+    gates = find_gates(graph, holding, constants, places)
+    for site in holding:
+        gate = gates.get(site.name)
+        if gate is None:
+            return f"site '{site.name}': no gate whose slope it could have absorbed follows it in the original"
+        reading = reading_sites(graph, gate, site, sites.values())
+        if not reading or any(reader.name not in decomposition.sites for reader in reading):
+            return f"site '{site.name}': the gate after it is read by more than rewritten sites"
+    return None
+
+
+def _compare_rest(
+    original: Model, rewritten: Model, decomposition: Decomposition, constants: Constants
+) -> str | None:
+    """What is wrong with all that is no weight and no bias."""
+    stored = {tensor.name: tensor for tensor in rewritten.proto.graph.initializer}
+    fault = _compare_reordered(rewritten, stored, decomposition, constants)
+    fault = fault or _compare_constants(
+        rewritten, stored, decomposition, Rearranged(original, constants)
+    )
+    changed = _changed_tensor(original, rewritten)
+    if fault is None and changed is not None:
+        fault = f"tensor '{changed}', which was not rewritten, is not the original's"
+    return fault or _changed_node(original, rewritten)
 
 
 def _compare_reordered(

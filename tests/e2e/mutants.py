@@ -93,7 +93,7 @@ def subjects(wanted: Mapping[str, int], most_seeds: int = 1000) -> list[Subject]
             continue
         kinds = {*outcome.decisions, *_traits(outcome.model)}
         kinds |= {"folded"} if outcome.tried.added else set()
-        kinds |= {"absorbed"} if outcome.tried.absorbed else set()
+        kinds |= {"absorbed"} if outcome.tried.absorbed or outcome.tried.slopes else set()
         for kind in sorted(kinds & missing.keys())[:1]:
             subject = Subject(kind, proto, outcome.model)
             if _applicable(subject) < LEAST:

@@ -142,6 +142,7 @@ class _Builder:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._rng = np.random.default_rng([recipe.seed, 1])
+        self._gates = np.random.default_rng([recipe.seed, 2])
         self._dtype = np.dtype(recipe.dtype)
         self._type = _TYPES[recipe.dtype]
         self._nodes: list[onnx.NodeProto] = []
@@ -413,7 +414,16 @@ class _Builder:
         return name
 
     def _site(self, value: Value) -> Value:
-        return self._product(value, self._labels())
+        made = self._product(value, self._labels())
+        return self._swish(made) if self._gates.random() < 0.2 else made
+
+    def _swish(self, value: Value) -> Value:
+        """A value times the sigmoid of itself times a slope, for each unit or for all."""
+        shape = [(value.size,), (value.size,), (1,), ()][self._gates.integers(4)]
+        slopes = self._gates.uniform(0.4, 2.0, shape) * self._gates.choice([-1, 1, 1], shape)
+        slope = self._stored("slope", slopes.astype(self._dtype))
+        opened = self._helper("Sigmoid", [self._helper("Mul", [value.name, slope])])
+        return dataclasses.replace(value, name=self._helper("Mul", [opened, value.name]))
 
     def _product(self, value: Value, labels: Labels) -> Value:
         like = Value("", value.lead, labels)

@@ -250,7 +250,7 @@ def touched_nodes(tried: Attempt) -> set[int]:
     model = tried.study.model
     nodes = {index for region, _ in tried.rewrites for index in region.nodes}
     nodes |= {site.find(model.proto.graph) for site, _ in tried.recurrent.rewrites}
-    replacing = ReplaceWeights({}, tried.biases(), tried.absorbing)
+    replacing = ReplaceWeights({}, tried.biases(), tried.absorbing, tried.sloping)
     nodes |= replacing.touched(model)
     folded = replacing(model).model
     dense = tried.study if folded is model else study_model(folded)

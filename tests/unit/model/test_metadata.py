@@ -177,7 +177,7 @@ class TestBlock:
         block = part_of(part=3, stored_rows=np.array([5, 5]), stored_columns=np.array([7, 2]))
         row = Block(np.zeros(1, np.intp), np.arange(2), "b", False)
         bias = FoldedBias("1", (row,))
-        site = SiteBlocks("s", (2, 2), "exact", "0", (block, part_of()), bias, 3)
+        site = SiteBlocks("s", (2, 2), "exact", "0", (block, part_of()), bias, 3, slope=True)
         proto = onnx.ModelProto()
         write_decomposition(proto, Decomposition(0.1, {"s": site}), "1")
         found = read_decomposition(proto, "m")
@@ -188,6 +188,7 @@ class TestBlock:
         kept = found.sites["s"].bias
         assert kept is not None
         assert (kept.sha256, found.sites["s"].absorbed) == ("1", 3)
+        assert found.sites["s"].slope
         np.testing.assert_array_equal(kept.blocks[0].columns, row.columns)
 
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -10,6 +12,7 @@ from onnx_decompose.model.tensors import (
     graph_inputs,
     graph_outputs,
     is_float,
+    smallest_normal,
 )
 
 
@@ -66,3 +69,11 @@ def test_is_float_counts_bfloat16() -> None:
     assert is_float(np.dtype(np.float16))
     assert not is_float(np.dtype(np.int8))
     assert not is_float(np.dtype(np.complex64))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [(np.float16, -14), (np.float32, -126), (BFLOAT16, -126), (np.float64, -1022)],
+)
+def test_the_smallest_number_with_all_digits(dtype: np.dtype[Any], exponent: int) -> None:
+    assert smallest_normal(np.dtype(dtype)) == 2.0**exponent
