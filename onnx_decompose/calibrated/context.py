@@ -12,7 +12,13 @@ import numpy as np
 from onnx_decompose.analysis.refit import Compensation, degrees_of_freedom
 from onnx_decompose.calibrated.neighbours import with_neighbours
 from onnx_decompose.calibrated.parts import FIT
-from onnx_decompose.calibrated.site_statistics import HELD_BYTES, Held, input_moments
+from onnx_decompose.calibrated.site_statistics import (
+    HELD_BYTES,
+    MOMENT_BYTES,
+    Held,
+    InputMoments,
+    moment_bytes,
+)
 from onnx_decompose.calibrated.views import view_of
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.model.shapes import opset_of
@@ -55,6 +61,7 @@ class CalibrationContext:
         sequential: whether the refit of a site sees what was annealed before it.
         metric: the user's measure of quality, if there is one.
         held_bytes: of a model's values on one set of samples.
+        moment_bytes: of second moments on one set of samples; a site with more of its own is left as it is.
         turn: whose turn it is to choose on, where samples take turns; the model of turn 0 is what is kept.
     """
 
@@ -67,6 +74,7 @@ class CalibrationContext:
     sequential: bool = True
     metric: Metric | None = None
     held_bytes: int = HELD_BYTES
+    moment_bytes: int = MOMENT_BYTES
     turn: int = 0
 
     @property
@@ -89,6 +97,7 @@ class CalibrationContext:
             if not site.kernel  # the moments are of rows
             and {site.input, site.output} <= seen
             and site.quantized is None  # a refit is a float
+            and moment_bytes(site.shape[0]) <= self.moment_bytes
             and (broadcasts or places[site.name].inside or places[site.name].nodes)
         )
 
@@ -123,8 +132,10 @@ class CalibrationContext:
         return {part: Held(self.held_bytes) for part in (self.fitting, self.parts.choose)}
 
     def _moments(self, samples: Samples) -> Mapping[View, Moments]:
-        views = list(dict.fromkeys(self.view(site) for site in self.sites))
-        return input_moments(self.study.source, views, samples, self.provider, self.seed)
+        sizes = {self.view(site): site.shape[0] for site in self.sites}
+        return InputMoments(
+            self.study.source, sizes, samples, self.provider, self.seed, self.moment_bytes
+        )
 
     def read(self, site: Site) -> Moments:
         """Moments of what the original's site reads, on the part to fit on."""

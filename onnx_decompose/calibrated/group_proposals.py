@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.removal import Reader, Removal, removal_order
 from onnx_decompose.analysis.subspaces import Subspace, telling_directions
 from onnx_decompose.calibrated.families import Family, entries_of
@@ -33,7 +32,6 @@ from onnx_decompose.calibrated.input_groups import (
     survey_inputs,
 )
 from onnx_decompose.calibrated.proposals import Focus, Proposal
-from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.per_unit import is_elementwise
 
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.gram import Moments
     from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.input_groups import Survey
     from onnx_decompose.graph.regions import Region
@@ -167,7 +166,7 @@ class _Needs:
             for site in self._region.sites
         }
         self._outer = groups.outer_labels(context, groups.spreads(context))
-        moments = self._own_moments()
+        moments = groups.moments(context)
         self.needs = {
             axis: [self._need(axis, group, own) for group, own in enumerate(moments)]
             for axis in between
@@ -178,34 +177,6 @@ class _Needs:
         loss = LOSSES[number]
         parts = {axis: self._parts(axis, needs, loss) for axis, needs in self.needs.items()}
         return self._proposal(parts, f"networks({self._count} groups, {told}loss {loss:.2g})")
-
-    def _own_moments(self) -> list[dict[str, Moments]]:
-        """Per group the moments of every value between, over its own rows."""
-        region = self._region
-        values = [
-            name
-            for name in dict.fromkeys(site.input for site in region.sites)
-            if region.axis_of[name] in self._between
-        ]
-        adding = [{name: MomentAccumulator() for name in values} for _ in range(self._count)]
-        context = self._context
-        asked = list(dict.fromkeys((*region.entries, *values)))
-        for found in observe(
-            context.study.source,
-            asked,
-            context.fitting,
-            context.provider,
-            context.held[context.fitting],
-        ):
-            shares = self._groups.shares(found)
-            for group, own in enumerate(adding):
-                counts = np.flatnonzero(shares[:, group] > 0)
-                for name, accumulator in own.items():
-                    rows = found[name].reshape(-1, found[name].shape[-1])[counts]
-                    accumulator.update(rows, weight=shares[counts, group])
-        return [
-            {name: accumulator.result() for name, accumulator in own.items()} for own in adding
-        ]
 
     def _need(self, axis: int, group: int, own: Mapping[str, Moments]) -> Subspace | Removal:
         """What one group needs of one axis, in order, by the moments over its own rows."""

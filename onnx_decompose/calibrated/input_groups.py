@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.support import (
     Activity,
     ActivityAccumulator,
@@ -20,7 +22,7 @@ from onnx_decompose.analysis.support import (
     where_it_varies,
 )
 from onnx_decompose.calibrated.needed_outputs import needed_outputs
-from onnx_decompose.calibrated.site_statistics import observe
+from onnx_decompose.calibrated.site_statistics import moment_bytes, observe
 from onnx_decompose.model.tensors import is_float
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["LEVELS", "InputGroups", "Survey", "input_groups", "survey_inputs"]
 
@@ -117,6 +121,37 @@ class InputGroups:
             total[region.axis_of[name]] += accumulator.result()
         return total
 
+    @functools.cached_property
+    def between(self) -> list[str]:
+        """The values that sites read between entries and exits."""
+        outer = self.region.entry_axes | self.region.exit_axes
+        read = dict.fromkeys(site.input for site in self.region.sites)
+        return [name for name in read if self.region.axis_of[name] not in outer]
+
+    @property
+    def moment_bytes(self) -> int:
+        """What :meth:`moments` takes."""
+        sizes = (self.region.axis_sizes[self.region.axis_of[name]] for name in self.between)
+        return self.count * sum(moment_bytes(size) for size in sizes)
+
+    def moments(self, context: CalibrationContext) -> list[dict[str, Moments]]:
+        """Per group the moments of every value between, over the group's own rows, by their shares."""
+        adding = [
+            {name: MomentAccumulator() for name in self.between} for _ in range(self.count)
+        ]
+        asked = list(dict.fromkeys((*self.region.entries, *self.between)))
+        source, samples, provider = context.study.source, context.fitting, context.provider
+        for found in observe(source, asked, samples, provider, context.held[samples]):
+            shares = self.shares(found)
+            for group, own in enumerate(adding):
+                counts = np.flatnonzero(shares[:, group] > 0)
+                for name, accumulator in own.items():
+                    rows = found[name].reshape(-1, found[name].shape[-1])[counts]
+                    accumulator.update(rows, weight=shares[counts, group])
+        return [
+            {name: accumulator.result() for name, accumulator in own.items()} for own in adding
+        ]
+
     def outer_labels(
         self, context: CalibrationContext, spreads: Mapping[int, FloatArray]
     ) -> dict[int, IntArray]:
@@ -165,7 +200,10 @@ def survey_inputs(context: CalibrationContext, region: Region) -> Survey | None:
 def input_groups(
     context: CalibrationContext, survey: Survey | None, level: float
 ) -> InputGroups | None:
-    """The groups at a level of association; None where they are not apart, or a lower level has the same."""
+    """The groups at a level of association.
+
+    None where they are not apart, a lower level has the same, or there is no room for their second moments.
+    """
     if survey is None:
         return None
     activity = survey.activity
@@ -178,7 +216,18 @@ def input_groups(
         return None
     groups = InputGroups(survey, labels, count)
     active = (activity.alone / activity.rows) @ groups.member
-    return None if active.mean() > _ALWAYS else groups
+    if active.mean() > _ALWAYS:
+        return None
+    if groups.moment_bytes > context.moment_bytes:
+        logger.info(
+            "region %s: second moments of %d groups would take %.1f GiB; there is room for %.1f",
+            survey.region.name,
+            count,
+            groups.moment_bytes / 2**30,
+            context.moment_bytes / 2**30,
+        )
+        return None
+    return groups
 
 
 def _entries(context: CalibrationContext, region: Region) -> Iterator[NDArray[Any] | None]:

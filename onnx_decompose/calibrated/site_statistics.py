@@ -2,11 +2,13 @@
 
 Batch by batch, and only as far into the graph as the values asked for. Values are handed on: what is kept is for the
 caller to add up (``analysis.gram``), or held up to a number of bytes (``Held``), so that a model that is looked at
-again runs from there on.
+again runs from there on. Second moments are held up to a number of bytes, too (``InputMoments``): those of more views
+take more runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,17 +21,28 @@ from onnx_decompose.model.model_io import Model
 from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME, open_model
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.runtime.sessions import Provider
 
-__all__ = ["HELD_BYTES", "Held", "input_moments", "observe"]
+__all__ = [
+    "HELD_BYTES",
+    "MOMENT_BYTES",
+    "Held",
+    "InputMoments",
+    "input_moments",
+    "moment_bytes",
+    "observe",
+]
 
 HELD_BYTES = 1 << 29
 """Of a model's values on one set of samples; what goes beyond it is computed again."""
+
+MOMENT_BYTES = 1 << 31
+"""Of second moments on one set of samples; a site that reads over 16,384 units has more of its own."""
 
 
 class Held:
@@ -110,6 +123,67 @@ def observe(
             found |= run
         yield found
     held.hold(new)
+
+
+class InputMoments(Mapping[View, Moments]):
+    """Moments of views with themselves, worked out when one is asked for: as many in one run as may be held.
+
+    Whoever goes through the views in their order has the model run once for every ``most`` bytes.
+
+    Args:
+        model: the model.
+        sizes: the units of each view, in the order of the graph.
+        samples: what the model is run on.
+        provider: where it runs.
+        seed: as of ``Rows``.
+        most: bytes in all; one view alone may take more.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sizes: Mapping[View, int],
+        samples: Samples,
+        provider: Provider,
+        seed: int,
+        most: int = MOMENT_BYTES,
+    ) -> None:
+        self._model, self._samples, self._provider = model, samples, provider
+        self._sizes, self._seed, self._most = sizes, seed, most
+        self._found: dict[View, Moments] = {}
+
+    def __getitem__(self, view: View) -> Moments:
+        if view not in self._found:
+            views = self._from(view)
+            self._found.clear()
+            self._found = input_moments(
+                self._model, views, self._samples, self._provider, self._seed
+            )
+        return self._found[view]
+
+    def __iter__(self) -> Iterator[View]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def _from(self, view: View) -> list[View]:
+        """This view and those behind it that there is room for."""
+        if view not in self._sizes:
+            raise KeyError(view)
+        order = list(self._sizes)
+        views, room = [view], self._most - moment_bytes(self._sizes[view])
+        for other in order[order.index(view) + 1 :]:
+            room -= moment_bytes(self._sizes[other])
+            if room < 0:
+                break
+            views.append(other)
+        return views
+
+
+def moment_bytes(units: int) -> int:
+    """What the second moments of so many units take, in float64."""
+    return 8 * units**2
 
 
 def input_moments(

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_decompose.analysis.forward import Need, draft_units
-from onnx_decompose.analysis.gram import MomentAccumulator
 from onnx_decompose.analysis.support import APART, influence
 from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.input_groups import (
@@ -30,13 +29,13 @@ from onnx_decompose.calibrated.input_groups import (
     survey_inputs,
 )
 from onnx_decompose.calibrated.proposals import Focus, Proposal
-from onnx_decompose.calibrated.site_statistics import observe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.gram import Moments
     from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.input_groups import Survey
     from onnx_decompose.graph.regions import Region
@@ -90,8 +89,7 @@ def _places(
     spread = groups.spreads(context)
     labels = groups.outer_labels(context, spread)
     reach = _influence(context, groups.region, labels, groups.count)
-    covariances = _covariances(context, groups)
-    pool = _Pool(context, groups.region, labels, reach, spread, covariances)
+    pool = _Pool(context, groups.region, labels, reach, spread, groups.moments(context))
     return _Places(groups, [pool.drafted(loss) for loss in LOSSES])
 
 
@@ -123,7 +121,7 @@ class _Pool:
         outer: the group of each input and output, by axis.
         reach: (units, groups) what every axis does to each group's outputs.
         spread: (units, groups) variance of every axis within each group.
-        covariances: (H, H) of what each site reads, by value and group, in the rows of the group.
+        moments: of what each site reads, by group and value, over the rows of the group.
     """
 
     context: CalibrationContext
@@ -131,7 +129,7 @@ class _Pool:
     outer: Mapping[int, IntArray]
     reach: Mapping[int, FloatArray]
     spread: Mapping[int, FloatArray]
-    covariances: Mapping[tuple[str, int], FloatArray]
+    moments: Sequence[Mapping[str, Moments]]
 
     def drafted(self, loss: float) -> dict[int, IntArray]:
         """The group of each unit of every axis, as many in each as ``loss`` asks for.
@@ -150,7 +148,7 @@ class _Pool:
             groups = range(self.reach[axis].shape[1])
             needs = [
                 [
-                    Need(self.covariances[site.input, group], self._wanted(site, placed, group))
+                    Need(self.moments[group][site.input].xx, self._wanted(site, placed, group))
                     for site in readers[axis]
                 ]
                 for group in groups
@@ -181,29 +179,6 @@ class _Pool:
             counts = np.sqrt(self.reach[target][:, group])
         wanted: FloatArray = weight[:, columns] * counts[columns]
         return wanted
-
-
-def _covariances(
-    context: CalibrationContext, groups: InputGroups
-) -> dict[tuple[str, int], FloatArray]:
-    """(H, H) of what each site reads between inputs and outputs, by value and group, in the rows of the group."""
-    region = groups.region
-    outer = {region.axis_of[name] for name in region.entries} | set(region.exit_axes)
-    values = list(
-        dict.fromkeys(s.input for s in region.sites if region.axis_of[s.input] not in outer)
-    )
-    adding = {
-        (value, group): MomentAccumulator() for value in values for group in range(groups.count)
-    }
-    wanted = list(dict.fromkeys((*region.entries, *values)))
-    samples, held = context.fitting, context.held[context.fitting]
-    for found in observe(context.study.source, wanted, samples, context.provider, held):
-        shares = groups.shares(found)
-        for (value, group), accumulator in adding.items():
-            rows = found[value].reshape(-1, found[value].shape[-1])
-            own = shares[:, group] > 0
-            accumulator.update(rows[own], None, shares[own, group])
-    return {key: accumulator.result().xx for key, accumulator in adding.items()}
 
 
 def _influence(

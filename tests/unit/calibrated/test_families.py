@@ -86,7 +86,7 @@ class TestEveryKind:
 
         for name in ("fit", "choose", "fitted", "power"):
             monkeypatch.setattr(CalibrationContext, name, property(needless))
-        for module in ("support_proposals", "merge_proposals", "site_statistics", "refitting"):
+        for module in ("input_groups", "merge_proposals", "site_statistics", "refitting"):
             monkeypatch.setattr(f"onnx_decompose.calibrated.{module}.observe", needless)
         assert list(GENERATORS[kind](context))
 

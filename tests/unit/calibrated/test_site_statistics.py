@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import onnx.parser
 import pytest
 from onnx import numpy_helper
 
 from onnx_decompose.calibrated import site_statistics
-from onnx_decompose.calibrated.site_statistics import Held, observe
+from onnx_decompose.calibrated.site_statistics import (
+    Held,
+    InputMoments,
+    input_moments,
+    moment_bytes,
+    observe,
+)
+from onnx_decompose.calibrated.views import View
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.runtime.samples import Samples, samples_from_arrays
 from onnx_decompose.runtime.sessions import Provider
+
+if TYPE_CHECKING:
+    from onnx_decompose.analysis.gram import Moments
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -80,3 +92,28 @@ def test_a_second_look_runs_nothing(
     first = seen(model, "c", samples, held)
     monkeypatch.setattr(site_statistics, "open_model", None)
     assert seen(model, "c", samples, held) == first
+
+
+def test_moments_of_more_views_than_there_is_room_for_take_more_runs(
+    model: Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = {View(name): 5 for name in ("x", "b", "c")}
+    whole = input_moments(model, list(views), samples, Provider.CPU, 0)
+    asked: list[list[str]] = []
+
+    def counting(model: Model, views: list[View], *rest: Any) -> dict[View, Moments]:
+        asked.append([view.value for view in views])
+        return input_moments(model, views, *rest)
+
+    monkeypatch.setattr(site_statistics, "input_moments", counting)
+    found = InputMoments(model, views, samples, Provider.CPU, 0, most=2 * moment_bytes(5))
+    for view, moments in found.items():
+        assert moments.count == 700
+        assert moments.xx.tobytes() == whole[view].xx.tobytes()
+    assert asked == [["x", "b"], ["c"]]
+    assert found[View("b")].xx.tobytes() == whole[View("b")].xx.tobytes()
+    assert asked[2:] == [["b", "c"]]
+    tight = InputMoments(model, views, samples, Provider.CPU, 0, most=1)
+    assert tight[View("c")].xx.tobytes() == whole[View("c")].xx.tobytes()
+    with pytest.raises(KeyError):
+        found[View("nothing")]
