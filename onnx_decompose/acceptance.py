@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_decompose.decomposition.decompose import Attempt, rewritten_model
+from onnx_decompose.decomposition.joining import join_siblings
 from onnx_decompose.errors import AnnealingError, StructuralError
 from onnx_decompose.model.metadata import write_decomposition
 from onnx_decompose.model.tensors import graph_inputs
@@ -16,6 +17,7 @@ from onnx_decompose.reporting.summarize import Measured
 from onnx_decompose.runtime.cases import is_large, open_model, working_size
 from onnx_decompose.runtime.feeds import check_axes, index_limits, other_dims, resized
 from onnx_decompose.timing.bench import Timing, bench_models, slowdown, timing_feeds
+from onnx_decompose.timing.cost_cache import cost_model
 from onnx_decompose.timing.no_harm import (
     MOST_TRIES,
     region_timings,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from onnx_decompose.model.model_io import Model
     from onnx_decompose.model.staging import Stage
     from onnx_decompose.options import Options
+    from onnx_decompose.passes.join_siblings import Joined
+    from onnx_decompose.planning.cost import CostModel
     from onnx_decompose.runtime.sessions import Provider
     from onnx_decompose.verification.verify import Inputs
 
@@ -70,6 +74,7 @@ class Made:
         structural: claim A.
         annealing: claim B.
         timing: against the original.
+        joined: products of one value that became one.
     """
 
     tried: Attempt
@@ -77,11 +82,12 @@ class Made:
     structural: StructuralClaim
     annealing: AnnealingClaim
     timing: Timing
+    joined: tuple[Joined, ...] = ()
 
     @property
     def measured(self) -> Measured:
-        """The three figures, for the report."""
-        return Measured(self.structural, self.annealing, self.timing)
+        """The figures, for the report."""
+        return Measured(self.structural, self.annealing, self.timing, self.joined)
 
 
 def make(
@@ -102,8 +108,13 @@ def make(
     Raises:
         ClaimError: a claim does not hold.
     """
-    made = _proved(tried, inputs, provider, options, stage)
+    cost = cost_model(provider, options.batch) if options.emit == "auto" else None
+    made = _proved(tried, inputs, provider, options, stage, cost)
     harm = None if options.force else slowdown(made.timing)
+    if harm is not None and made.joined:
+        logger.info("the model is %s: making it without joined products", harm)
+        made = _proved(tried, inputs, provider, options, stage)
+        harm = slowdown(made.timing)
     if harm is None:
         return made, None
     return _without_harm(made, harm, inputs, provider, options, stage)
@@ -141,23 +152,29 @@ def time_models(
 
 
 def _proved(
-    tried: Attempt, inputs: Inputs, provider: Provider, options: Options, stage: Stage
+    tried: Attempt,
+    inputs: Inputs,
+    provider: Provider,
+    options: Options,
+    stage: Stage,
+    cost: CostModel | None = None,
 ) -> Made:
-    """The rewritten model, proved and timed."""
+    """The rewritten model, proved and timed; with products of one value joined where ``cost`` says that it pays."""
     original = tried.study.source
     logger.info(
         "writing %d regions as branches, %d recurrent operators as smaller ones",
         len(tried.rewrites),
         len(tried.recurrent.rewrites),
     )
-    model = stage.put(_rewrite(tried, options), original)
+    rewritten, joined = _rewrite(tried, options, cost)
+    model = stage.put(rewritten, original)
     stage.freed()
     structural = _prove(original, model, inputs, provider)
     stage.freed()
     annealing = _measure(original, model, inputs, provider, options)
     stage.freed()
     timing = time_models(original, model, inputs, provider, options)
-    return Made(tried, model, structural, annealing, timing)
+    return Made(tried, model, structural, annealing, timing, joined)
 
 
 def _without_harm(
@@ -207,11 +224,18 @@ def _time_regions(tried: Attempt, provider: Provider, options: Options) -> Mappi
     )
 
 
-def _rewrite(tried: Attempt, options: Options) -> Model:
+def _rewrite(
+    tried: Attempt, options: Options, cost: CostModel | None
+) -> tuple[Model, tuple[Joined, ...]]:
     rewritten, decomposition = rewritten_model(tried, options.budget)
+    joined: tuple[Joined, ...] = ()
+    if cost is not None:
+        rewritten, decomposition, joined = join_siblings(
+            rewritten, decomposition, tried.study, cost
+        )
     decomposition = dataclasses.replace(decomposition, budgets=dict(options.output_budgets))
     write_decomposition(rewritten.proto, decomposition, VERSION)
-    return rewritten
+    return rewritten, joined
 
 
 def _prove(

@@ -13,10 +13,11 @@ from rich.table import Table
 from onnx_decompose.timing.cost_cache import COEFFICIENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
 
+    from onnx_decompose.passes.join_siblings import Joined
     from onnx_decompose.planning.cost import CostModel
     from onnx_decompose.reporting.report import Report, SiteReport
     from onnx_decompose.timing.bench import Timing
@@ -50,6 +51,8 @@ def show_report(report: Report, console: Console) -> None:
             f"criterion {report.criterion}",
             soft_wrap=True,
         )
+    if report.joined:
+        console.print(_joined(report.joined), soft_wrap=True)
     if report.alternatives:
         console.print(_alternatives_table(report))
     show_claims(report.structural, report.annealing, console)
@@ -191,6 +194,17 @@ def _alternatives_table(report: Report) -> Table:
             f"{other.flops_after / report.summary.flops_before:.1%}",
         )
     return table
+
+
+def _joined(joined: Sequence[Joined]) -> str:
+    """How many products became how many, and what that is predicted to save."""
+    products = sum(len(one.widths) for one in joined)
+    low, high = (choose(one.predicted for one in joined) for choose in (min, max))
+    share = f"{low:.0%}" if f"{low:.0%}" == f"{high:.0%}" else f"{low:.0%} to {high:.0%}"
+    return (
+        f"products joined: {products} that read the same values are {len(joined)} now, "
+        f"predicted to take {share} of their time"
+    )
 
 
 def _verdict(passed: bool) -> str:

@@ -22,10 +22,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["ORIGIN_KEY", "Fresh", "Placed", "constant_nodes", "splice", "with_nodes"]
+__all__ = [
+    "ORIGIN_KEY",
+    "Fresh",
+    "Placed",
+    "constant_nodes",
+    "origins_of",
+    "splice",
+    "with_nodes",
+]
 
 ORIGIN_KEY = "onnx_decompose.from"
-"""Node metadata: the name of the node that a rewritten node stands for."""
+"""Node metadata: the name of the node that a rewritten node stands for; of several, one name a line."""
 
 _CONSTANT_PRODUCERS = {
     *("Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Identity", "Reshape"),
@@ -37,10 +45,10 @@ _RELEASED = np.empty(0, np.uint8)
 
 
 class Fresh:
-    """Names and initializers that a graph does not have yet."""
+    """Names and initializers that some graphs do not have yet."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self._names = _names_in_use(graph)
+    def __init__(self, *graphs: onnx.GraphProto) -> None:
+        self._names = set[str]().union(*map(_names_in_use, graphs))
         self._stored: dict[tuple[str, str, tuple[int, ...], bytes], gs.Constant] = {}
 
     def name(self, wanted: str) -> str:
@@ -75,12 +83,14 @@ class Placed:
         source: the original node that it stands for, whose metadata it keeps; None for helpers.
         is_copy: whether it is that node on other values, with the same operator, and with those of its attributes that
             the new node does not have.
+        others: further original nodes that it stands for: like the first one, on other constants.
     """
 
     node: gs.Node
     place: int
     source: onnx.NodeProto | None
     is_copy: bool = True
+    others: Sequence[onnx.NodeProto] = ()
 
 
 def splice(
@@ -196,9 +206,21 @@ def _export(item: Placed) -> onnx.NodeProto:
     copy.output[:] = node.output
     _delete(copy.attribute, "name", {attribute.name for attribute in node.attribute})
     copy.attribute.extend(node.attribute)
+    if item.others:  # what was said of one of them does not hold for all
+        copy.ClearField("doc_string")
+        del copy.metadata_props[:]
     if ORIGIN_KEY not in {entry.key for entry in copy.metadata_props}:
-        copy.metadata_props.add(key=ORIGIN_KEY, value=item.source.name or item.source.output[0])
+        stands_for = (name for n in (item.source, *item.others) for name in origins_of(n))
+        copy.metadata_props.add(key=ORIGIN_KEY, value="\n".join(dict.fromkeys(stands_for)))
     return copy
+
+
+def origins_of(node: onnx.NodeProto) -> list[str]:
+    """The names of the original nodes that ``node`` stands for, or is."""
+    noted = next(
+        (entry.value for entry in node.metadata_props if entry.key == ORIGIN_KEY), None
+    )
+    return [node.name or node.output[0]] if noted is None else noted.split("\n")
 
 
 def _without_unread(

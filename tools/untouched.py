@@ -106,7 +106,7 @@ def _origins(graph: onnx.GraphProto) -> Iterator[str]:
     for node in graph.node:
         for entry in node.metadata_props:
             if entry.key == _ORIGIN:
-                yield entry.value
+                yield from entry.value.split("\n")
         for inner in _bodies(node):
             yield from _origins(inner)
 

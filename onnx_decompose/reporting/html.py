@@ -187,6 +187,20 @@ viewBox="0 0 {{ site.shape[1] }} {{ site.shape[0] }}" preserveAspectRatio="none"
 <p class="soft">None.</p>
 {% endif %}
 
+{% if report.joined %}
+<h2>Products joined</h2>
+<p class="soft">Products that read the same value and became one wider product, cut by a Split; untouched sites too.</p>
+<div class="scroll"><table>
+<tr><th>value read</th><th>products</th><th class="n">inputs</th><th>outputs</th><th>bias</th>
+<th class="n">time predicted</th></tr>
+{% for one in report.joined %}
+<tr><td class="name">{{ one.input }}</td><td class="name">{{ one.products | join(", ") }}</td>
+<td class="n">{{ one.shape[0] }}</td><td>{{ one.widths | join(" + ") }}</td>
+<td>{{ "joined" if one.bias else "none" }}</td><td class="n">{{ one.predicted | share }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+
 <h2>Time</h2>
 {% if report.timing is none %}
 <p class="soft">Not measured.</p>

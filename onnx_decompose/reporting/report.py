@@ -12,6 +12,7 @@ from onnx_decompose.model.model_io import writing
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from onnx_decompose.passes.join_siblings import Joined
     from onnx_decompose.timing.bench import Timing
     from onnx_decompose.verification.verify import AnnealingClaim, StructuralClaim, Validation
 
@@ -132,6 +133,7 @@ class Report:
     structural: StructuralClaim | None = None
     annealing: AnnealingClaim | None = None
     timing: Timing | None = None
+    joined: tuple[Joined, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the keys that scripts rely on."""
@@ -144,6 +146,7 @@ class Report:
             "sites": [dataclasses.asdict(site) for site in self.sites],
             "refused": [dataclasses.asdict(node) for node in self.refused],
             "alternatives": [dataclasses.asdict(other) for other in self.alternatives],
+            "joined": [dataclasses.asdict(one) for one in self.joined],
             "claims": claims_json(self.structural, self.annealing),
             "timing": None if self.timing is None else self.timing.to_json(),
         }

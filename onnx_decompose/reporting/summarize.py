@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
     from onnx_decompose.options import Options
+    from onnx_decompose.passes.join_siblings import Joined
     from onnx_decompose.planning.cost import CostModel
     from onnx_decompose.planning.plan import RegionPlan
     from onnx_decompose.planning.plan_recurrent import RecurrentPlan
@@ -63,6 +64,7 @@ class Measured:
     structural: StructuralClaim | None = None
     annealing: AnnealingClaim | None = None
     timing: Timing | None = None
+    joined: tuple[Joined, ...] = ()
 
 
 def report_on(
@@ -108,6 +110,7 @@ def report_on(
         structural=measured.structural,
         annealing=measured.annealing,
         timing=measured.timing,
+        joined=measured.joined,
     )
 
 

@@ -36,12 +36,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_BUILT_IN = {"batches", "lanes", "pick_ratio", "shared_out", "sharing"}
+
 COEFFICIENTS = tuple(
-    field.name
-    for field in dataclasses.fields(CostModel)
-    if field.name not in {"batches", "pick_ratio"}
+    field.name for field in dataclasses.fields(CostModel) if field.name not in _BUILT_IN
 )
-"""What is measured and kept: every field of a cost model but the rows to compare at, and a ratio of two kernels."""
+"""What is measured and kept: of a cost model all but the rows to compare at, and what holds for a kind of machine."""
 
 _DEFAULTS = {Provider.CPU: CPU, Provider.CUDA: CUDA}
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")

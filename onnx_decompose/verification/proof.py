@@ -7,6 +7,7 @@ parts or in another order; what was not rewritten is the original's, and operato
 from __future__ import annotations
 
 import collections
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from onnx_decompose.model.model_io import Model, read_tensor
 from onnx_decompose.model.renames import renamed, subgraphs
 from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights
 from onnx_decompose.passes.replace_weights import ReplaceWeights
-from onnx_decompose.passes.splice import ORIGIN_KEY
+from onnx_decompose.passes.splice import ORIGIN_KEY, origins_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -86,11 +87,13 @@ def prove_structure(
             weights[site] = rebuilt
         if isinstance(site, RecurrentWeight):
             continue
-        reason, bias = _rebuild_bias(rewritten, stored, blocks, places[name], before.dtype)
+        reason, bias = _rebuild_bias(
+            rewritten, stored, blocks, places[name], before.dtype, used
+        )
         fault = fault or reason
         if bias is not None:
             biases[site] = bias
-    fault = fault or _foreign_entries(rewritten, stored, used)
+    fault = fault or _foreign_entries(rewritten, stored, decomposition, used)
     fault = fault or _compare_rest(original, rewritten, decomposition, constants)
     return fault, weights, biases
 
@@ -124,7 +127,9 @@ def _rebuild(
     stored: Mapping[str, onnx.TensorProto],
     blocks: Sequence[Block],
     rest: NDArray[Any],
-    used: dict[str, NDArray[np.bool_]] | None = None,
+    used: dict[str, NDArray[np.bool_]],
+    *,
+    are_rows: bool = False,
 ) -> tuple[str | None, NDArray[Any] | None]:
     """A dense weight or bias from its blocks, and what is wrong with them; no array where it cannot be made.
 
@@ -133,13 +138,11 @@ def _rebuild(
         stored: its initializers by name.
         blocks: the parts.
         rest: (K, N), or (1, N) for a bias: what stands where no block is.
-        used: of a weight: collects which entries of each stored tensor belong to one. Without it the stored tensors
-            are rows of units, whatever axes of size 1 they have, and hold nothing else.
+        used: collects which entries of each stored tensor belong to something.
+        are_rows: the stored tensors are rows of units, whatever axes of size 1 they have.
     """
     rebuilt = rest.copy()
     covered = np.zeros(rest.shape, bool)
-    is_bias = used is None
-    named = {} if used is None else used
     for block in blocks:
         tensor = stored.get(block.initializer)
         if tensor is None:
@@ -147,10 +150,11 @@ def _rebuild(
         values = read_tensor(model, tensor)
         if values.dtype != rest.dtype:
             return f"block '{block.initializer}' has another type", None
-        if is_bias:
-            values = _as_rows(values, block)
+        places = used.setdefault(block.initializer, np.zeros(values.shape, bool))
         units = np.ix_(block.rows, block.columns)
         try:
+            if are_rows:
+                values, places = _as_rows(values, block), _as_rows(places, block)
             rebuilt[units] = block.read(values)
         except ValueError as error:
             return f"block {error}", None
@@ -160,9 +164,8 @@ def _rebuild(
                 None,
             )
         covered[units] = True
-        places = named.setdefault(block.initializer, np.zeros(values.shape, bool))
         block.view(places)[np.ix_(*block.places)] = True
-    return (_foreign_entries(model, stored, named) if is_bias else None), rebuilt
+    return None, rebuilt
 
 
 def _rebuild_bias(
@@ -171,6 +174,7 @@ def _rebuild_bias(
     blocks: SiteBlocks,
     place: Bias,
     dtype: np.dtype[Any],
+    used: dict[str, NDArray[np.bool_]],
 ) -> tuple[str | None, NDArray[Any] | None]:
     """What is wrong with a site's bias, and the bias, (N,); None where that is the original's."""
     if blocks.bias is None:
@@ -179,7 +183,7 @@ def _rebuild_bias(
             return f"site '{blocks.site}': the bias that it absorbed is missing", None
         return None, None
     rest = place.stored(0.0, dtype)[None, :]
-    reason, row = _rebuild(model, stored, blocks.bias.blocks, rest)
+    reason, row = _rebuild(model, stored, blocks.bias.blocks, rest, used, are_rows=True)
     if row is None:
         return f"site '{blocks.site}': {reason}", None
     if digest(row[0]) != blocks.bias.sha256:
@@ -202,13 +206,21 @@ def _as_rows(values: NDArray[Any], block: Block) -> NDArray[Any]:
 def _foreign_entries(
     model: Model,
     stored: Mapping[str, onnx.TensorProto],
+    decomposition: Decomposition,
     used: Mapping[str, NDArray[np.bool_]],
 ) -> str | None:
-    """The first stored tensor that holds more than parts of weights.
+    """The first tensor with parts of weights or annealed biases that holds more than those and parts of constants.
 
     A stack of unequal blocks is padded, and an operator that several weights are written into may have room that none
     of them fills; whatever stands there takes part in the product.
     """
+    for constant in decomposition.constants.values():
+        for block in constant.blocks:
+            if block.initializer in used:
+                # Of one that does not fit, the comparison with the original says so.
+                with contextlib.suppress(ValueError):
+                    places = _as_rows(used[block.initializer], block)
+                    block.view(places)[np.ix_(*block.places)] = True
     for name, places in used.items():
         values = read_tensor(model, stored[name])
         if (values.reshape(places.shape)[~places] != 0).any():
@@ -389,23 +401,44 @@ def _changed_node(original: Model, rewritten: Model) -> str | None:
     names = collections.Counter(_name(node) for node in nodes)
     named = {_name(node): node for node in nodes if names[_name(node)] == 1}
     for node in rewritten.proto.graph.node:
-        origin = next((p.value for p in node.metadata_props if p.key == ORIGIN_KEY), None)
-        if origin is None:
-            source = maker.get(next(iter(node.output), ""))
+        is_new = any(entry.key == ORIGIN_KEY for entry in node.metadata_props)
+        if is_new:
+            sources = [named.get(origin) for origin in origins_of(node)]
         else:
-            source = named.get(origin)
-        if source is None or source.op_type in CELLS:
-            continue
-        if node.op_type == source.op_type:
-            # A convolution's groups are its blocks, which the weight is rebuilt from.
-            aside = ("group",) if origin is not None and node.op_type == "Conv" else ()
-            if _attributes(node, aside) != _attributes(source, aside) and (
-                _attributes(_inlined(rewritten, node), aside)
-                != _attributes(_inlined(original, source), aside)
-            ):
-                return f"node '{_name(node)}' has other attributes than '{_name(source)}' in the original"
-        elif not _may_stand_for(node, source, origin):
-            return f"node '{_name(node)}' is {node.op_type}, and '{_name(source)}' of the original {source.op_type}"
+            sources = [maker.get(next(iter(node.output), ""))]
+        for source in sources:
+            if source is not None and source.op_type not in CELLS:
+                fault = _difference(original, rewritten, node, source, is_new=is_new)
+                if fault is not None:
+                    return fault
+    return None
+
+
+def _difference(
+    original: Model,
+    rewritten: Model,
+    node: onnx.NodeProto,
+    source: onnx.NodeProto,
+    *,
+    is_new: bool,
+) -> str | None:
+    """What is wrong with one node of the rewritten model that is, or stands for, ``source``."""
+    if node.op_type != source.op_type:
+        if _may_stand_for(node, source, is_new=is_new):
+            return None
+        return (
+            f"node '{_name(node)}' is {node.op_type}, and '{_name(source)}' of the original "
+            f"{source.op_type}"
+        )
+    # A convolution's groups are its blocks, which the weight is rebuilt from.
+    aside = ("group",) if is_new and node.op_type == "Conv" else ()
+    if _attributes(node, aside) != _attributes(source, aside) and (
+        _attributes(_inlined(rewritten, node), aside)
+        != _attributes(_inlined(original, source), aside)
+    ):
+        return (
+            f"node '{_name(node)}' has other attributes than '{_name(source)}' in the original"
+        )
     return None
 
 
@@ -417,10 +450,11 @@ _JOINTS = {
 """Operators that put together what a region makes."""
 
 
-def _may_stand_for(node: onnx.NodeProto, source: onnx.NodeProto, origin: str | None) -> bool:
+def _may_stand_for(node: onnx.NodeProto, source: onnx.NodeProto, *, is_new: bool) -> bool:
     """Whether a rewrite can put ``node`` in the place of ``source``, which has another operator."""
-    if origin is None:
-        return node.op_type in _JOINTS
+    if not is_new:
+        of_several = node.op_type == "Split" and source.op_type in {*_PRODUCTS, "Add"}
+        return node.op_type in _JOINTS or of_several
     if source.op_type in _PRODUCTS:
         return node.op_type in _PRODUCTS
     if node.op_type in _PRODUCTS:  # it absorbed what followed it, and makes the value of that

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Form = Literal["matmul", "gemm"]
 SITES = ("up", "down")
 ISOLATED = -1
+HEADS = {"q": 4, "k": 4, "v": 3}
+"""Heads of :func:`with_heads`, and their outputs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +96,29 @@ def dense_ffn(
     """A network whose every weight is there."""
     weights = [rng.normal(size=shape) for shape in (sizes[:2], sizes[1:])]
     return network(weights, [rng.normal(size=(size,)) for size in sizes[1:]], Recipe())
+
+
+def with_heads(rng: np.random.Generator) -> onnx.ModelProto:
+    """A network that falls apart, and dense heads that read one value behind it."""
+    model = plant(Recipe(blocks=((64, 128, 64),) * 4, shuffle=False), rng).model
+    graph = model.graph
+    for node in graph.node:
+        node.output[:] = ["ffn" if name == "y" else name for name in node.output]
+    width = graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    del graph.output[:]
+    graph.node.append(helper.make_node("Softmax", ["ffn"], ["read"], "couples"))
+    for name, size in HEADS.items():
+        for what, shape in (("w", (width, size)), ("b", (size,))):
+            array = rng.normal(size=shape).astype(np.float32)
+            graph.initializer.append(numpy_helper.from_array(array, f"{name}.{what}"))
+        graph.node.append(
+            helper.make_node("MatMul", ["read", f"{name}.w"], [f"{name}.p"], f"head.{name}")
+        )
+        graph.node.append(helper.make_node("Add", [f"{name}.p", f"{name}.b"], [name]))
+        graph.output.append(
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b", size])
+        )
+    return model
 
 
 def network(

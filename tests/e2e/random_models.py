@@ -46,6 +46,7 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "Exp": {},
     "Cos": {},
 }
+_FORMS = ("matmul", "bias", "bias", "gemm", "gemm")
 _PLACES = (*("",) * 8, "function", "branch", "loop", "scan")
 _NARROW = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _TYPES = {
@@ -70,6 +71,7 @@ class Recipe:
         embedded: token numbers come in, and are looked up.
         inside: what all nodes are in: nothing but the main graph, a "function", or the body of a "branch", a "loop" or
             a "scan".
+        siblings: what one site would read, several do.
     """
 
     seed: int
@@ -81,6 +83,7 @@ class Recipe:
     noise: float = 0.0
     embedded: bool = False
     inside: str = ""
+    siblings: bool = False
 
     @classmethod
     def drawn(cls, seed: int, noise: float = 0.0) -> Recipe:
@@ -414,7 +417,7 @@ class _Builder:
         return name
 
     def _site(self, value: Value) -> Value:
-        made = self._product(value, self._labels())
+        made = self._siblings(value) if self._recipe.siblings else self._product(value)
         return self._swish(made) if self._gates.random() < 0.2 else made
 
     def _swish(self, value: Value) -> Value:
@@ -425,9 +428,24 @@ class _Builder:
         opened = self._helper("Sigmoid", [self._helper("Mul", [value.name, slope])])
         return dataclasses.replace(value, name=self._helper("Mul", [opened, value.name]))
 
-    def _product(self, value: Value, labels: Labels) -> Value:
+    def _siblings(self, value: Value) -> Value:
+        """Products of one value, most of them of one form, each read on its own or not, then side by side."""
+        form = str(self._rng.choice(_FORMS))
+        made: list[Value] = []
+        for _ in range(int(self._rng.integers(2, 5))):
+            other = form if self._chance(0.8) else str(self._rng.choice(_FORMS))
+            one = self._product(value, form=other)
+            if self._chance(0.2):
+                self._taps.append(one)
+            made.append(self._activation(one) if self._chance(0.3) else one)
+        labels = np.concatenate([one.labels for one in made])
         like = Value("", value.lead, labels)
-        form = self._rng.choice(["matmul", "bias", "bias", "gemm", "gemm"])
+        return self._add("Concat", [one.name for one in made], like, axis=len(value.lead))
+
+    def _product(self, value: Value, labels: Labels | None = None, form: str = "") -> Value:
+        labels = self._labels() if labels is None else labels
+        like = Value("", value.lead, labels)
+        form = form or str(self._rng.choice(_FORMS))
         if form == "gemm" and len(value.lead) == 1:
             flipped = int(self._rng.integers(2))
             pair = (labels, value.labels) if flipped else (value.labels, labels)
@@ -462,7 +480,7 @@ class _Builder:
 
     def _normalized(self, value: Value) -> Value:
         """A site, and what a batch normalization leaves of itself behind it."""
-        value = self._product(value, self._labels())
+        value = self._product(value)
         for op in ("Mul", "Add")[: self._rng.integers(1, 3)]:
             value = self._with_constant(op, value, -1.0, 1.0)
         return value
@@ -558,7 +576,7 @@ class _Builder:
         order[0], order[1] = 1, 0
         lead = tuple(value.lead[axis] for axis in order[:-1])
         value = self._add("Transpose", [value.name], Value("", lead, value.labels), perm=order)
-        value = self._product(value, self._labels())
+        value = self._product(value)
         lead = tuple(value.lead[axis] for axis in order[:-1])
         return self._add("Transpose", [value.name], Value("", lead, value.labels), perm=order)
 

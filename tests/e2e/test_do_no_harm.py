@@ -16,7 +16,16 @@ from onnx_decompose.errors import AnnealingError
 from onnx_decompose.planning.cost import CPU
 from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.timing.bench import BatchTiming, Timing
-from tests.e2e.planted import Planted, Recipe, dense_ffn, found_partition, plant, save
+from tests.e2e.planted import (
+    HEADS,
+    Planted,
+    Recipe,
+    dense_ffn,
+    found_partition,
+    plant,
+    save,
+    with_heads,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -333,3 +342,34 @@ def test_a_real_slowdown_is_noticed(command: Command, model: Path) -> None:
     result = command("rewrite", model, "-o", output, *SPLIT, "--batch", "1")
     assert result.last_line.startswith("nothing to do: the rewritten model is ")
     assert output.read_bytes() == model.read_bytes()
+
+
+class TestJoinedProducts:
+    @pytest.fixture
+    def headed(self, tmp_path: Path) -> Path:
+        """A network that falls apart, and three dense products behind it."""
+        return save(with_heads(np.random.default_rng(5)), tmp_path / "headed.onnx")
+
+    @pytest.mark.parametrize(("second", "kept"), [(1.5, True), (0.8, False)])
+    def test_a_slower_model_is_made_without_them(
+        self,
+        command: Command,
+        headed: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        second: float,
+        kept: bool,
+    ) -> None:
+        models = iter([0.9, second])
+        monkeypatch.setattr(
+            "onnx_decompose.acceptance.bench_models", lambda *_, **__: timing(next(models))
+        )
+        output, report = headed.with_name("out.onnx"), headed.with_name("r.json")
+        result = command("rewrite", headed, "-o", output, "--report", report, "--batch", 1)
+        assert result.code == 0
+        assert next(models, None) is None
+        assert json.loads(report.read_text("utf-8"))["joined"] == []
+        assert result.last_line.startswith("rewritten: " if kept else "nothing to do: ")
+        if kept:
+            made = {name: node for node in onnx.load(output).graph.node for name in node.output}
+            assert {made[name].op_type for name in HEADS} == {"Add"}
+            assert command("validate", headed, output, "--samples", 1).code == 0

@@ -14,12 +14,14 @@ import onnx.reference
 from onnx_decompose.analysis.criteria import make_criterion
 from onnx_decompose.decomposition.decompose import annealed_model, attempt, rewritten_model
 from onnx_decompose.decomposition.gather import gather_all
+from onnx_decompose.decomposition.joining import join_siblings
 from onnx_decompose.decomposition.renumbering import choose_numbering
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.metadata import read_decomposition, write_decomposition
 from onnx_decompose.model.model_io import Model, load_model, save_model
 from onnx_decompose.options import Options
 from onnx_decompose.passes.replace_weights import ReplaceWeights
+from onnx_decompose.passes.splice import origins_of
 from onnx_decompose.planning.cost import CPU
 from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.verification import proof
@@ -35,7 +37,11 @@ from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:
     from onnx_decompose.decomposition.decompose import Attempt
+    from onnx_decompose.passes.join_siblings import Joined
     from onnx_decompose.planning.state_graph import Emit
+
+JOINING = dataclasses.replace(FREE, sharing=1.0, shared_out=-1)
+"""A provider where one product is worth any number of narrower ones."""
 
 EXACT = Options(null="zero", provider="cpu", seeds=1)
 ROUNDING = {"float16": 5e-2, "float32": 1e-3, "float64": 1e-9}
@@ -47,6 +53,7 @@ class Outcome:
 
     tried: Attempt
     model: onnx.ModelProto | None
+    joined: tuple[Joined, ...] = ()
 
     @property
     def decisions(self) -> set[str]:
@@ -61,7 +68,10 @@ def rewrite_once(
     *,
     free: bool = True,
 ) -> Outcome:
-    """The model as ``options`` ask, whatever claim B says; ``free``: every kernel and copy costs nothing."""
+    """The model as ``options`` ask, whatever claim B says; ``free``: every kernel and copy costs nothing.
+
+    Whatever products can be joined are.
+    """
     study = study_model(load_model(proto))
     tried = attempt(
         study,
@@ -74,8 +84,11 @@ def rewrite_once(
     if not tried.takes_apart:
         return Outcome(tried, None)
     model, decomposition = rewritten_model(tried, 1e9)
+    joined: tuple[Joined, ...] = ()
+    if emit == "auto":
+        model, decomposition, joined = join_siblings(model, decomposition, tried.study, JOINING)
     write_decomposition(model.proto, decomposition, "0")
-    return Outcome(tried, model.proto)
+    return Outcome(tried, model.proto, joined)
 
 
 def check_rewrite(
@@ -103,7 +116,7 @@ def check_rewrite(
     if check_claim_a(original, rewritten):
         check_outputs(annealed, outcome.model, reference=reference)
         check_claim_b(outcome, original, rewritten)
-    check_untouched(proto, stored, outcome.tried)
+    check_untouched(proto, stored, outcome)
     check_again(original, rewritten, emit, free=free)
     return outcome
 
@@ -174,8 +187,9 @@ def check_outside(proto: onnx.ModelProto, emit: Emit, options: Options, *, free:
         assert {path.name: path.read_bytes() for path in source.parent.glob("in.*")} == before
 
 
-def check_untouched(proto: onnx.ModelProto, stored: bytes, tried: Attempt) -> None:
+def check_untouched(proto: onnx.ModelProto, stored: bytes, outcome: Outcome) -> None:
     """The rewritten model is the original in everything that was not rewritten."""
+    tried = outcome.tried
     if (
         tried.study.model.proto is not proto
     ):  # opened: its nodes are not those of the main graph
@@ -188,7 +202,7 @@ def check_untouched(proto: onnx.ModelProto, stored: bytes, tried: Attempt) -> No
     rest = onnx.ModelProto.FromString(stored)
     while len(rest.metadata_props) > len(proto.metadata_props):
         rest.metadata_props.pop()
-    check_rest(proto, rest, touched_nodes(tried))
+    check_rest(proto, rest, touched_nodes(tried) | joined_nodes(proto, rest))
 
 
 def check_again(original: Model, rewritten: Model, emit: Emit, *, free: bool) -> None:
@@ -243,6 +257,17 @@ def largest_rounding(proto: onnx.ModelProto) -> float:
         for value in proto.graph.output
     }
     return max(ROUNDING[name] for name in types)
+
+
+def joined_nodes(before: onnx.ModelProto, after: onnx.ModelProto) -> set[int]:
+    """The nodes that became one with others."""
+    origins = {name for node in after.graph.node for name in origins_of(node)[1:]}
+    origins |= {origins_of(node)[0] for node in after.graph.node if len(origins_of(node)) > 1}
+    return {
+        index
+        for index, node in enumerate(before.graph.node)
+        if origins.intersection(origins_of(node))
+    }
 
 
 def touched_nodes(tried: Attempt) -> set[int]:

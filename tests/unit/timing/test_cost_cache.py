@@ -138,4 +138,5 @@ def test_names_are_read_from_what_the_system_tells(
 
 def test_every_coefficient_is_kept() -> None:
     names = {field.name for field in dataclasses.fields(CPU)}
-    assert set(COEFFICIENTS) == names - {"batches", "pick_ratio"}
+    built_in = {"batches", "lanes", "pick_ratio", "shared_out", "sharing"}
+    assert set(COEFFICIENTS) == names - built_in

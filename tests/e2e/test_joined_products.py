@@ -1,0 +1,196 @@
+"""Products of one value become one product in the rewritten model: told of, proved, and undone where it does harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_decompose.options import Options
+from tests.e2e.planted import array_of, decomposition, save, set_array, units, with_heads
+from tests.e2e.random_models import NOISE, Recipe, random_model
+from tests.e2e.whole_rewrite import EXACT, check_rewrite
+from tests.passes.harness import blocks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from tests.e2e.conftest import Command
+
+    Array = NDArray[Any]
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def rewritten(
+    command: Command,
+    tmp_path: Path,
+    rng: np.random.Generator,
+    quick_bench: None,  # noqa: ARG001
+) -> tuple[Path, Path, dict[str, Any]]:
+    """The original, the rewritten model, and the report."""
+    source = save(with_heads(rng), tmp_path / "in.onnx")
+    output, report = tmp_path / "out.onnx", tmp_path / "r.json"
+    told = command(
+        *("rewrite", source, "-o", output, "--report", report, "--html", tmp_path / "r.html"),
+        *("--force", "--batch", 1),
+    )
+    assert told.code == 0, told.err
+    assert "products joined: 3 that read the same values are 1 now" in told.out
+    assert "head.q, head.k, head.v" in (tmp_path / "r.html").read_text("utf-8")
+    return source, output, json.loads(report.read_text("utf-8"))
+
+
+def test_untouched_products_are_joined_and_told_of(
+    command: Command, rewritten: tuple[Path, Path, dict[str, Any]]
+) -> None:
+    source, output, report = rewritten
+    (one,) = report["joined"]
+    assert (one["input"], one["products"]) == ("read", [f"head.{n}" for n in "qkv"])
+    assert one["widths"] == [4, 4, 3]
+    assert one["bias"] is True
+    assert one["predicted"] < 1
+    assert {s["name"]: s["decision"] for s in report["sites"]}["head.q"] == "dense"
+    model = onnx.load(output)
+    split = next(node for node in model.graph.node if list(node.output) == ["q", "k", "v"])
+    assert split.op_type == "Split"
+    recorded = decomposition(model)
+    assert recorded["sites"]["head.k"]["annealing"] == "exact"
+    assert units(recorded["sites"]["head.k"]["blocks"][0]["stored_columns"]) == (4, 5, 6, 7)
+    assert recorded["constants"]["v.b"]["blocks"][0]["stored_columns"] == "8:11"
+    assert command("validate", source, output, "--samples", 2).code == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "column", "told"),
+    [
+        ("w", 0, "site 'head.q'"),
+        ("w", 5, "site 'head.k'"),
+        ("w", 10, "site 'head.v'"),
+        ("b", 5, "'k.b'"),
+    ],
+)
+def test_one_entry_that_was_tampered_with_is_found(
+    command: Command,
+    rewritten: tuple[Path, Path, dict[str, Any]],
+    what: str,
+    column: int,
+    told: str,
+) -> None:
+    source, output, _ = rewritten
+    model = onnx.load(output)
+    values = array_of(model, f"q.{what}.joined").copy()
+    values[..., column].flat[0] = np.nextafter(values[..., column].flat[0], np.float32(np.inf))
+    set_array(model, f"q.{what}.joined", values)
+    onnx.save(model, output)
+    result = command("validate", source, output, "--samples", 1)
+    assert result.code == 1
+    assert told in result.out + result.err
+
+
+def test_a_split_at_other_places_is_found(
+    command: Command, rewritten: tuple[Path, Path, dict[str, Any]]
+) -> None:
+    """The weights are all there, and the values are not those that they belong to."""
+    source, output, _ = rewritten
+    model = onnx.load(output)
+    split = next(node for node in model.graph.node if "q" in node.output)
+    split.output[:] = ["k", "q", "v"]
+    onnx.save(model, output)
+    assert command("validate", source, output, "--samples", 1).code == 1
+
+
+def test_another_operator_in_its_place_is_found(
+    command: Command, rewritten: tuple[Path, Path, dict[str, Any]]
+) -> None:
+    source, output, _ = rewritten
+    model = onnx.load(output)
+    node = next(node for node in model.graph.node if node.name == "head.q.joined")
+    assert node.op_type == "MatMul"
+    node.op_type = "MatMulInteger"
+    onnx.save(model, output)
+    assert command("validate", source, output, "--samples", 1).code in {1, 2}
+
+
+@pytest.mark.usefixtures("quick_bench")
+@pytest.mark.parametrize("emit", ["split", "grouped"])
+def test_only_where_the_cost_model_chooses(
+    command: Command, tmp_path: Path, rng: np.random.Generator, emit: str
+) -> None:
+    source, output = save(with_heads(rng), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = tmp_path / "r.json"
+    told = command(
+        *("rewrite", source, "-o", output, "--report", report, "--emit", emit),
+        *("--force", "--batch", 1),
+    )
+    assert told.code == 0
+    assert json.loads(report.read_text("utf-8"))["joined"] == []
+    assert "joined" not in told.out
+
+
+@pytest.mark.usefixtures("quick_bench")
+def test_a_model_that_is_not_taken_apart_keeps_its_products(
+    command: Command, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = with_heads(rng)
+    for tensor in model.graph.initializer:
+        array = rng.normal(size=tuple(tensor.dims)).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    assert command("rewrite", source, "-o", output, "--batch", 1).code == 0
+    assert output.read_bytes() == source.read_bytes()
+
+
+def test_parts_of_rewritten_products_are_joined(rng: np.random.Generator) -> None:
+    """Two products whose blocks read the same units, with biases, and a dense one that reads all of them."""
+    labels = [0] * 4 + [1] * 4
+    tensors = {
+        "up": blocks(rng, labels, labels),
+        "gate": blocks(rng, labels, labels),
+        "up.b": rng.normal(size=8),
+        "gate.b": rng.normal(size=8),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "up"], ["p"], "up"),
+        helper.make_node("Add", ["p", "up.b"], ["u"]),
+        helper.make_node("MatMul", ["x", "gate"], ["s"], "gate"),
+        helper.make_node("Add", ["s", "gate.b"], ["g"]),
+        helper.make_node("Sigmoid", ["g"], ["t"]),
+        helper.make_node("Mul", ["u", "t"], ["y"]),
+    ]
+    value = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 8]) for n in "xy")
+    graph = helper.make_graph(
+        nodes,
+        "gated",
+        [next(value)],
+        [next(value)],
+        [numpy_helper.from_array(a.astype(np.float32), n) for n, a in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    outcome = check_rewrite(model, "auto")
+    assert outcome.decisions == {"split"}
+    assert [one.products for one in outcome.joined] == [("up", "gate")] * 2
+    assert all(one.bias for one in outcome.joined)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    free=st.booleans(),
+    criterion=st.sampled_from(["", "ksigma:3", "fdr", "shared"]),
+)
+def test_random_models(seed: int, free: bool, criterion: Any) -> None:
+    """With several products wherever others have one: every claim holds, and the rest is as it was."""
+    recipe = dataclasses.replace(Recipe.drawn(seed, NOISE if criterion else 0.0), siblings=True)
+    options = Options(null=f"normal:{NOISE}", criterion=criterion, provider="cpu")
+    check_rewrite(random_model(recipe), "auto", options if criterion else EXACT, free=free)
