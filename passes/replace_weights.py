@@ -77,7 +77,12 @@ class ReplaceWeights(GraphPass):
                 # Two sites that had one bias have one each now: what becomes of it is told by its name.
                 stored = edit.constant(wanted, self.biases[site].reshape(shape), shared=False)
                 self.record[site.name] = stored
-            self.outputs[site.name] = edit.affine(site, bias, stored)
+            if bias.position is not None:
+                assert stored is not None
+                edit.own(bias.nodes[0]).input[bias.position] = stored
+            else:
+                assert not bias.integers
+                self.outputs[site.name] = edit.affine(site, bias, stored)
         for gate in self._gates(model, places):
             edit.without_slope(gate)
         proto = with_nodes(model.proto, edit.ordered(), edit.tensors.values())

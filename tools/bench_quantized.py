@@ -10,12 +10,10 @@ which tells what was held back. Exit code 1 if a structure was not found or a co
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -25,13 +23,13 @@ from onnx_decompose.errors import DecomposeError
 from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.timing.bench import BenchSettings, bench_candidates
 from tools.planted_models import Blocks, control, ffn
+from tools.quantize_model import FORMS, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from onnx_decompose.timing.bench import Timing
 
-FORMS = ("dynamic", "dynamic-channel", "qdq", "qdq-channel", "qoperator")
 BLOCKS = 8
 CALIBRATION = (4, 16)
 """Sets of inputs, and rows of each, that scales of activations are taken from."""
@@ -49,48 +47,12 @@ def quantized(
         folder: for files.
         rng: draws what scales of activations are taken from.
     """
-    # Loads much, and is not wanted by those who only import this module.
-    from onnxruntime import quantization as q  # noqa: PLC0415
-
-    class Reader(q.CalibrationDataReader):  # type: ignore[misc]
-        """Hands out normal inputs."""
-
-        def __init__(self) -> None:
-            width = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
-            sets, rows = CALIBRATION
-            self._sets = iter(
-                [{"x": rng.normal(size=(rows, width)).astype(np.float32)} for _ in range(sets)]
-            )
-
-        def get_next(self) -> Any:
-            """The next set."""
-            return next(self._sets, None)
-
+    width = model.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    sets, rows = CALIBRATION
     before, after = folder / "float.onnx", folder / "quantized.onnx"
     onnx.save(model, before)
-    per_channel = form.endswith("-channel")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            if form.startswith("dynamic"):
-                q.quantize_dynamic(
-                    before, after, per_channel=per_channel, weight_type=q.QuantType.QInt8
-                )
-            else:
-                q.quantize_static(
-                    before,
-                    after,
-                    Reader(),
-                    quant_format=(
-                        q.QuantFormat.QOperator if form == "qoperator" else q.QuantFormat.QDQ
-                    ),
-                    per_channel=per_channel,
-                    activation_type=q.QuantType.QUInt8,
-                    weight_type=q.QuantType.QInt8,
-                )
-        finally:
-            logging.disable(logging.NOTSET)
+    drawn = ({"x": rng.normal(size=(rows, width)).astype(np.float32)} for _ in range(sets))
+    quantize(before, after, form, drawn)
     return onnx.load(after)
 
 

@@ -60,6 +60,23 @@ class Moments:
         yy = np.maximum((xy * wide).sum(axis=0), 0.0)
         return Moments(self.count, self.mean_x, self.mean_x @ wide, self.xx, xy, yy)
 
+    def of_outputs(self, outputs: slice) -> Moments:
+        """The moments of x with some of the y."""
+        mean, xy, yy = self.mean_y[outputs], self.xy[:, outputs], self.yy[outputs]
+        return Moments(self.count, self.mean_x, mean, self.xx, xy, yy)
+
+    def around(self, constants: FloatArray) -> Moments:
+        """Moments about 0 and ``constants``, (N,), not the means: for a fit that adds just these."""
+        x, y = self.mean_x, self.mean_y - constants
+        return Moments(
+            self.count,
+            np.zeros_like(x),
+            np.zeros_like(y),
+            self.xx + np.outer(x, x),
+            self.xy + np.outer(x, y),
+            self.yy + y**2,
+        )
+
     def added_up(self, labels: NDArray[np.intp]) -> Moments:
         """The moments of sums of x with y: of the x with one label, (K,), numbered from 0."""
         shape = (labels.size, int(labels.max()) + 1)

@@ -39,6 +39,7 @@ __all__ = [
     "Groups",
     "RefitWeight",
     "degrees_of_freedom",
+    "kept_sets",
     "refit_weight",
 ]
 
@@ -125,7 +126,7 @@ def refit_weight(
     weight = np.where(mask, start, 0.0).astype(np.float64)
     error = np.full(mask.shape[1], np.nan)
     ridges: list[float] = []
-    for rows, outputs in _sets(mask):
+    for rows, outputs in kept_sets(mask):
         if not rows.size:
             continue
         square, block = np.ix_(rows, rows), np.ix_(rows, outputs)
@@ -214,7 +215,7 @@ class _Problem:
         return np.where(missing <= _TINY, 0.0, missing / np.maximum(self.power, _TINY))
 
 
-def _sets(mask: BoolArray) -> Iterator[tuple[IntArray, IntArray]]:
+def kept_sets(mask: BoolArray) -> Iterator[tuple[IntArray, IntArray]]:
     """Kept inputs, and the outputs that keep just those, in the order of the first of them."""
     packed = np.packbits(mask, axis=0)
     groups: dict[bytes, list[int]] = {}

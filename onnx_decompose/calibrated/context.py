@@ -19,7 +19,7 @@ from onnx_decompose.calibrated.site_statistics import (
     InputMoments,
     moment_bytes,
 )
-from onnx_decompose.calibrated.views import view_of
+from onnx_decompose.calibrated.views import View, view_of
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.model.shapes import opset_of
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.analysis.gram import Moments
     from onnx_decompose.calibrated.parts import Parts
-    from onnx_decompose.calibrated.views import View
+    from onnx_decompose.graph.biases import Bias
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
     from onnx_decompose.runtime.samples import Samples
@@ -89,21 +89,47 @@ class CalibrationContext:
         graph = study.source.proto.graph
         seen = {value.name for value in graph.input}
         seen.update(name for node in graph.node for name in node.output)
-        places = find_biases(study.model.proto.graph, study.sites, study.constants)
         broadcasts = opset_of(study.model.proto) >= _ADD_BROADCASTS_FROM
         return tuple(
             site
             for site in study.sites
             if not site.kernel  # the moments are of rows
-            and {site.input, site.output} <= seen
-            and site.quantized is None  # a refit is a float
+            and site.name in self._views
+            and {*self.view(site).values, site.output} <= seen
             and moment_bytes(site.shape[0]) <= self.moment_bytes
-            and (broadcasts or places[site.name].inside or places[site.name].nodes)
+            and (
+                broadcasts
+                or site.quantized is not None  # nothing is added that is not there
+                or self.biases[site.name].inside
+                or self.biases[site.name].nodes
+            )
         )
+
+    @functools.cached_property
+    def biases(self) -> Mapping[str, Bias]:
+        """Where the constants of sites are, by name of the site."""
+        study = self.study
+        return find_biases(study.model.proto.graph, study.sites, study.constants)
+
+    @functools.cached_property
+    def _views(self) -> Mapping[str, View]:
+        """How sites read their inputs, by name of the site."""
+        graph, constants = self.study.model.proto.graph, self.study.constants
+        makers = {name: node for node in graph.node for name in node.output}
+        views = {
+            site.name: view_of(site, graph.node[site.node], makers.get(site.input), constants)
+            for site in self.study.sites
+        }
+        return {name: view for name, view in views.items() if view is not None}
 
     def view(self, site: Site) -> View:
         """How ``site`` reads its input."""
-        return view_of(site, self.study.model.proto.graph.node[site.node])
+        return self._views[site.name]
+
+    def view_of_value(self, name: str) -> View:
+        """A value as a site reads it; as it is where none does."""
+        views = (self.view(site) for site in self.sites if site.input == name)
+        return next((view for view in views if view.window is None), View(name))
 
     @functools.cached_property
     def fit(self) -> Mapping[View, Moments]:

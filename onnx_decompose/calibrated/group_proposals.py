@@ -235,7 +235,7 @@ class _Needs:
                 remade[site.name] = encode[target]
             starts[site.name] = start_of.astype(self._context.study.weight(site).dtype)
         outputs = {site.name: labels[region.axis_of[site.output]] for site in region.sites}
-        focus = Focus(self._count, region.entries, self._groups.shares, outputs)
+        focus = Focus(self._count, self._groups.survey.values, self._groups.shares, outputs)
         return Proposal(name, masks, starts, focus, remade=remade)
 
 

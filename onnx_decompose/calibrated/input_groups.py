@@ -23,7 +23,6 @@ from onnx_decompose.analysis.support import (
 )
 from onnx_decompose.calibrated.needed_outputs import needed_outputs
 from onnx_decompose.calibrated.site_statistics import moment_bytes, observe
-from onnx_decompose.model.tensors import is_float
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.calibrated.context import CalibrationContext
+    from onnx_decompose.calibrated.views import View
     from onnx_decompose.graph.regions import Region
 
     FloatArray = NDArray[np.float64]
@@ -57,13 +57,20 @@ class Survey:
 
     Attributes:
         region: the region.
+        entries: its entries, as they are read.
         counting: tells what is active.
         activity: what was counted on the part to fit on.
     """
 
     region: Region
+    entries: tuple[View, ...]
     counting: ActivityAccumulator
     activity: Activity
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of all values that tell which groups are active."""
+        return tuple(dict.fromkeys(name for view in self.entries for name in view.values))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,7 +101,7 @@ class InputGroups:
 
     def shares(self, values: Mapping[str, NDArray[Any]]) -> FloatArray:
         """(rows, groups) how much of what is active in each row belongs to each group."""
-        entries = _side_by_side([values[name] for name in self.region.entries])
+        entries = _side_by_side(self.survey.entries, values)
         assert entries is not None
         share = self.survey.counting.active(entries) @ self.member
         found: FloatArray = share / np.maximum(share.sum(axis=1, keepdims=True), 1e-300)
@@ -105,12 +112,13 @@ class InputGroups:
         region = self.region
         read = (site.input for site in region.sites)
         values = list(dict.fromkeys((*region.entries, *read, *region.exits)))
+        asked = list(dict.fromkeys((*self.survey.values, *values)))
         adding = {
             name: SpreadAccumulator(region.axis_sizes[region.axis_of[name]], self.count)
             for name in values
         }
         source, provider = context.study.source, context.provider
-        for found in observe(source, values, context.parts.fit, provider):
+        for found in observe(source, asked, context.parts.fit, provider):
             share = self.shares(found)
             for name, accumulator in adding.items():
                 accumulator.update(found[name], share)
@@ -139,14 +147,16 @@ class InputGroups:
         adding = [
             {name: MomentAccumulator() for name in self.between} for _ in range(self.count)
         ]
-        asked = list(dict.fromkeys((*self.region.entries, *self.between)))
+        views = {name: context.view_of_value(name) for name in self.between}
+        read = (name for view in views.values() for name in view.values)
+        asked = list(dict.fromkeys((*self.survey.values, *read)))
         source, samples, provider = context.study.source, context.fitting, context.provider
         for found in observe(source, asked, samples, provider, context.held[samples]):
             shares = self.shares(found)
             for group, own in enumerate(adding):
                 counts = np.flatnonzero(shares[:, group] > 0)
                 for name, accumulator in own.items():
-                    rows = found[name].reshape(-1, found[name].shape[-1])[counts]
+                    rows = views[name].rows(found)[counts]
                     accumulator.update(rows, weight=shares[counts, group])
         return [
             {name: accumulator.result() for name, accumulator in own.items()} for own in adding
@@ -171,7 +181,7 @@ class InputGroups:
             exits = [name for name in region.exits if region.axis_of[name] == axis]
             needed = None
             if len(exits) == 1:
-                needed = needed_outputs(context, exits[0], region.entries, self.shares)
+                needed = needed_outputs(context, exits[0], self.survey.values, self.shares)
             if needed is not None:
                 labels[axis] = np.where(needed.any(axis=1), needed.argmax(axis=1), labels[axis])
         return labels
@@ -179,7 +189,8 @@ class InputGroups:
 
 def survey_inputs(context: CalibrationContext, region: Region) -> Survey | None:
     """Count what is active together at the entries; None where they do not go row by row, or hardly anything rests."""
-    batches = _entries(context, region)
+    views = tuple(context.view_of_value(name) for name in region.entries)
+    batches = _entries(context, views)
     first: list[NDArray[Any]] = []
     for x in batches:
         if x is None:
@@ -191,10 +202,10 @@ def survey_inputs(context: CalibrationContext, region: Region) -> Survey | None:
     counting = ActivityAccumulator(resting_values(head))
     if counting.active(head).mean(axis=0).min() > _ALWAYS:
         return None
-    for x in _entries(context, region):
+    for x in _entries(context, views):
         assert x is not None
         counting.update(x)
-    return Survey(region, counting, counting.result())
+    return Survey(region, views, counting, counting.result())
 
 
 def input_groups(
@@ -230,15 +241,19 @@ def input_groups(
     return groups
 
 
-def _entries(context: CalibrationContext, region: Region) -> Iterator[NDArray[Any] | None]:
+def _entries(
+    context: CalibrationContext, views: Sequence[View]
+) -> Iterator[NDArray[Any] | None]:
     """The entries' units of every batch, (rows, K) for all of them together."""
-    found = observe(context.study.source, region.entries, context.parts.fit, context.provider)
-    for values in found:
-        yield _side_by_side([values[name] for name in region.entries])
+    asked = list(dict.fromkeys(name for view in views for name in view.values))
+    for values in observe(context.study.source, asked, context.parts.fit, context.provider):
+        yield _side_by_side(views, values)
 
 
-def _side_by_side(values: Sequence[NDArray[Any]]) -> NDArray[Any] | None:
-    rows = [value.reshape(-1, value.shape[-1]) for value in values]
-    if len({len(part) for part in rows}) > 1 or not all(is_float(part.dtype) for part in rows):
+def _side_by_side(
+    views: Sequence[View], values: Mapping[str, NDArray[Any]]
+) -> NDArray[Any] | None:
+    rows = [view.rows(values) for view in views]
+    if len({len(part) for part in rows}) > 1:
         return None
     return np.concatenate(rows, axis=1)

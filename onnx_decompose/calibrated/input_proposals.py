@@ -5,8 +5,8 @@
                    those that vary with it take over as far as they can.
     pooled inputs  they are added up and get one row (``analysis.pooling``), or a few: for a wide first site.
 
-Inputs are the model's own, as far as a region reads them as they are. One that never varies on the part to fit on goes
-at any level.
+Inputs are the model's own, as far as a region reads them as they are, or quantized. One that never varies on the
+part to fit on goes at any level.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from onnx_decompose.calibrated.removal_proposals import (
     readers_of,
     without_units,
 )
+from onnx_decompose.graph.sites import is_standard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +39,7 @@ __all__ = ["spare_inputs"]
 
 LOSSES = tuple(10.0 ** (-k / 4) for k in range(1, 25))
 """Shares of the variance that may be lost, from strict to loose."""
+_SAME_UNITS = {"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"}
 _FEWEST = 256
 """Inputs of a site of which some may be pooled: with fewer, adding them up costs more than is saved."""
 POOLS = (1, 8)
@@ -74,7 +76,9 @@ def spare_inputs(context: CalibrationContext) -> Iterator[Family]:
     if axes:
         yield _fewer(context, axes)
     for axis in axes:
-        if len(axis.readers) == 1 and axis.size >= _FEWEST:
+        # Inputs of integers are not added up.
+        floats = axis.readers[0].quantized is None
+        if len(axis.readers) == 1 and axis.size >= _FEWEST and floats:
             for rows in POOLS:
                 yield _pooled(context, axis.readers[0], rows)
 
@@ -84,6 +88,9 @@ def _entry_axes(context: CalibrationContext, region: Region) -> Iterator[_EntryA
     if not {site.name for site in region.sites} <= {site.name for site in context.sites}:
         return
     inputs = {value.name for value in context.study.source.proto.graph.input}
+    for node in context.study.source.proto.graph.node:
+        if node.op_type in _SAME_UNITS and is_standard(node) and node.input[0] in inputs:
+            inputs.add(node.output[0])
     others = {region.axis_of[name] for name in region.axis_of if name not in inputs}
     for axis in sorted(region.entry_axes - others):
         readers = tuple(site for site in region.sites if region.axis_of[site.input] == axis)

@@ -61,7 +61,9 @@ def merged_outputs(context: CalibrationContext) -> Iterator[Family]:
     sites = [
         site
         for site in context.sites
-        if site.shape[1] >= max(_FEWEST_OUTPUTS, site.shape[0] + 1) and site.name not in hidden
+        if site.shape[1] >= max(_FEWEST_OUTPUTS, site.shape[0] + 1)
+        and site.name not in hidden
+        and site.quantized is None  # equal columns of integers are not computed once
     ]
     scores = [site for site in sites if _is_output(context, site)]
     for name, merged, weigh in (("merge", sites, _alike), ("merge by use", scores, _by_use)):
@@ -83,7 +85,7 @@ def softmax_usage(context: CalibrationContext, site: Site) -> FloatArray:
     study = context.study
     weight = study.weight(site).astype(np.float32)
     bias = find_biases(study.model.proto.graph, [site], study.constants)[site.name]
-    constant = bias.stored(0.0, weight.dtype)
+    constant = bias.stored(0.0)
     total, rows = np.zeros(site.shape[1]), 0
     for found in observe(study.source, [site.input], context.parts.fit, context.provider):
         values = found[site.input].reshape(-1, site.shape[0]).astype(np.float32)

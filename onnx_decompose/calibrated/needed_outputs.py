@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.errors import DataError
-from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME, open_model
+from onnx_decompose.graph.per_unit import is_elementwise
+from onnx_decompose.graph.regions import value_readers
+from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from onnx_decompose.calibrated.context import CalibrationContext
+    from onnx_decompose.graph.study import Study
     from onnx_decompose.runtime.feeds import Feeds
     from onnx_decompose.verification.metrics import Metric
 
@@ -38,7 +42,7 @@ _MOST_QUESTIONS = 4096
 
 def needed_outputs(
     context: CalibrationContext,
-    output: str,
+    made: str,
     entries: Sequence[str],
     shares: Callable[[Mapping[str, NDArray[Any]]], FloatArray],
 ) -> FloatArray | None:
@@ -48,30 +52,31 @@ def needed_outputs(
 
     Args:
         context: the model, and the metric.
-        output: an output of the model, (..., N).
-        entries: values that tell which groups are active: inputs of the model.
+        made: a value with units, (..., N): an output of the model, or what one is made of unit by unit.
+        entries: values that tell which groups are active.
         shares: from them the (rows, groups) share of each group in each row.
 
     Returns:
-        None where nothing can be said: there is no metric, or it has no number for such outputs; ``output`` is none of
-        the model's outputs or has other rows than the entries, the entries are no inputs, or there are too many
-        questions.
+        None where nothing can be said: there is no metric, or it has no number for such outputs; no output of the
+        model shows ``made``, or it has other rows than the entries; or there are too many questions.
     """
-    graph, metric = context.study.source.proto.graph, context.metric
-    if (
-        metric is None
-        or output not in {value.name for value in graph.output}
-        or not set(entries) <= {value.name for value in graph.input}
-    ):
+    source, metric = context.study.source, context.metric
+    output = _shown(context.study, made)
+    if metric is None or output is None:
         return None
-    fit = context.parts.fit
-    session = open_model(context.study.source, context.provider)
-    parts = [
-        (feeds, extras, session.run(feeds)) for feeds, extras in fit.batches(SAMPLES_AT_A_TIME)
-    ]
-    inputs = _joined([{**feeds, **extras} for feeds, extras, _ in parts])
-    outputs = _joined([made for _, _, made in parts])
-    share = shares(inputs)
+    fit, provider = context.parts.fit, context.provider
+    names = [value.name for value in source.proto.graph.output]
+    batches = fit.batches(SAMPLES_AT_A_TIME)
+    asked = list(dict.fromkeys((*names, *entries)))
+    shared: list[FloatArray] = []
+    given: list[Feeds] = []
+    found: list[Feeds] = []
+    observed = observe(source, asked, fit, provider)
+    for (feeds, extras), seen in zip(batches, observed, strict=True):
+        shared.append(shares(seen))
+        given.append({**feeds, **extras})
+        found.append({name: seen[name] for name in names})
+    inputs, outputs, share = _joined(given), _joined(found), np.concatenate(shared)
     values = outputs[output]
     units = values.shape[-1]
     if share.shape[0] != values.size // units or 2 * units * share.shape[1] > _MOST_QUESTIONS:
@@ -86,6 +91,28 @@ def needed_outputs(
         return None
     logger.info("the metric looks at %d of %d outputs", int(needed.any(axis=1).sum()), units)
     return needed
+
+
+def _shown(study: Study, made: str) -> str | None:
+    """The output of the model that has the units of ``made``; None where there is none, or others read it too."""
+    graph = study.model.proto.graph
+    readers = value_readers(graph)
+    outputs = {value.name for value in study.source.proto.graph.output}
+    name = made
+    while name not in outputs:
+        (index, *others) = readers.get(name, {-1})
+        if index < 0 or others or not is_elementwise(graph.node[index]):
+            return None
+        node = graph.node[index]
+        # What has one axis at most is the same in all rows.
+        if any(
+            other != name and len(study.shapes.get(other, (None, None))) > 1
+            for other in node.input
+            if other
+        ):
+            return None
+        name = node.output[0]
+    return name
 
 
 def _asked(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
+from onnx_decompose.analysis.grid import round_refit
 from onnx_decompose.analysis.refit import RefitWeight, refit_weight
 from onnx_decompose.calibrated.site_statistics import Held, observe
 from onnx_decompose.calibrated.views import Rows
@@ -60,10 +61,11 @@ def annealed_by(study: Study, refits: Mapping[str, Refit]) -> Model:
     """The original graph with refitted weights and biases in it."""
     sites = [site for site in study.sites if site.name in refits]
     places = find_biases(study.model.proto.graph, sites, study.constants)
-    weights = {site: refits[site.name].weight for site in sites}
+    weights = {site: refits[site.name].stored for site in sites}
     biases = {
-        site: places[site.name].stored(refits[site.name].added, study.weight(site).dtype)
+        site: places[site.name].stored(refits[site.name].added)
         for site in sites
+        if not places[site.name].is_missing
     }
     return restore(study.flat, ReplaceWeights(weights, biases)(study.model).model)
 
@@ -95,17 +97,10 @@ class _Stage:
 
     def refit(self, current: Model) -> dict[str, Refit]:
         """New weights, where ``current`` is the model as annealed before this value."""
-        starts = {
-            site.name: self._each(
-                site,
-                self.proposal.starts.get(site.name, self.context.study.weight(site)),
-            )
-            for site in self.sites
-        }
+        starts = {site.name: self._start(site) for site in self.sites}
         masks = {site.name: self._mask(site) for site in self.sites}
         new = {name: np.zeros(start.shape) for name, start in starts.items()}
         added = {site.name: self._constants(site) for site in self.sites}
-        shifts = {site.name: self._shift(site) for site in self.sites}
         jobs = list(self._jobs())
         fits, choices = (
             self._moments(jobs, current, samples)
@@ -123,14 +118,19 @@ class _Stage:
                 sorted(set(found.ridges)),
             )
             start = 0
-            for name, columns in job.columns.items():
+            for site in self.sites:
+                columns = job.columns[site.name]
                 part = slice(start, start + columns.size)
-                new[name][np.ix_(job.rows, columns)] = found.weight[:, part]
-                added[name][columns] = found.added[part]
+                weight, constants = found.weight[:, part], found.added[part]
+                if site.quantized is not None:
+                    moments = fit.of_outputs(part), choose.of_outputs(part)
+                    weight, constants = self._rounded(site, job, weight, constants, *moments)
+                new[site.name][np.ix_(job.rows, columns)] = weight
+                added[site.name][columns] = constants
                 start += columns.size
         return {
             site.name: self._refit(
-                site, new[site.name], added[site.name] + shifts[site.name], jobs, fits
+                site, new[site.name], added[site.name] + self._shift(site), jobs, fits
             )
             for site in self.sites
         }
@@ -172,7 +172,43 @@ class _Stage:
             if self.context.compensation != "none":
                 before = self.context.fitted[self.view].mean_x @ original.astype(np.float64)
                 added = before - fit.mean_x @ weight[job.rows]
-        return Refit(weight.astype(original.dtype), added)
+        if self.context.biases[site.name].is_missing:
+            added = np.zeros(site.shape[1])
+        return Refit(self.context.study.stored_as(site, weight), added)
+
+    def _rounded(
+        self,
+        site: Site,
+        job: _Job,
+        weight: NDArray[np.float64],
+        added: NDArray[np.float64],
+        fit: Moments,
+        choose: Moments,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What can be stored of a job's entries and constants of a site whose weight is of integers.
+
+        Where the constant can be any number, it follows the rounded entries. Else it is rounded first, or there is
+        none, and the entries are fitted to what it leaves.
+        """
+        columns, block = job.columns[site.name], np.ix_(job.rows, job.columns[site.name])
+        bias, mask, compensation = (
+            self.context.biases[site.name],
+            self._mask(site)[block],
+            self.context.compensation,
+        )
+        if not bias.is_free:
+            shift = self._shift(site)
+            wanted = shift.copy()
+            wanted[columns] += added
+            added = (bias.held(wanted) - shift)[columns]
+            fit, choose = fit.around(added), choose.around(added)
+            start = self._start(site)[block]
+            weight = refit_weight(start, mask, fit, choose, compensation).weight
+        grid = self.context.study.grid(site).part(job.rows, columns)
+        if compensation != "ridge":
+            return np.where(mask, grid.nearest(weight), 0.0), added
+        weight = round_refit(weight, mask, grid, fit, choose)
+        return weight, fit.mean_y - fit.mean_x @ weight if bias.is_free else added
 
     def _constants(self, site: Site) -> NDArray[np.float64]:
         """What stands in the place of outputs that keep no input: their means."""
@@ -182,12 +218,16 @@ class _Stage:
         constants: NDArray[np.float64] = self.context.fitted[self.view].mean_x @ weight
         return constants
 
-    def _shift(self, site: Site) -> NDArray[np.float64] | float:
+    def _start(self, site: Site) -> NDArray[Any]:
+        """What the refit begins with."""
+        weight = self.context.study.weight(site)
+        return self._each(site, self.proposal.starts.get(site.name, weight))
+
+    def _shift(self, site: Site) -> NDArray[np.float64]:
         """What a bias differs by where outputs are made of others: b M in the place of b."""
-        study = self.context.study
         if site.name not in self.proposal.remade:
-            return 0.0
-        bias = find_biases(study.model.proto.graph, [site], study.constants)[site.name]
+            return np.zeros(self._mask(site).shape[1])
+        bias = self.context.biases[site.name]
         moved = bias.shift @ self.proposal.remade[site.name] - bias.shift
         shift: NDArray[np.float64] = moved / bias.alpha
         return shift
@@ -240,11 +280,11 @@ class _Stage:
             (job,) = jobs
             return [self._alike(job, self._columns(wide, job), current, samples)]
         assert self.view.window is None  # shares are of a value's own rows
-        adding, value = [MomentAccumulator() for _ in jobs], self.view.value
-        values = list(dict.fromkeys((value, *focus.entries)))
+        adding = [MomentAccumulator() for _ in jobs]
+        values = list(dict.fromkeys((*self.view.values, *focus.entries)))
         for now, before in self._values(values, current, samples):
             shares = focus.shares(before)
-            z, x = (found[value].reshape(-1, found[value].shape[-1]) for found in (before, now))
+            z, x = self.view.rows(before), self.view.rows(now)
             for job, accumulator in zip(jobs, adding, strict=True):
                 weight = np.ones(len(z)) if job.group is None else shares[:, job.group]
                 counts = weight > 0
@@ -270,10 +310,10 @@ class _Stage:
                 wanted.xy[rows],
                 wanted.yy,
             )
-        adding, value = MomentAccumulator(), self.view.value
+        adding = MomentAccumulator()
         reading = Rows(self.view, samples.count, context.seed)
-        for now, before in self._values([value], current, samples):
-            for x, z in reading.each(now[value], before[value]):
+        for now, before in self._values(self.view.values, current, samples):
+            for x, z in reading.each(now, before):
                 adding.update(x[:, job.rows], z)
         found = adding.result()
         return dataclasses.replace(
@@ -290,7 +330,7 @@ class _Stage:
         if current is source:
             yield from ((found, found) for found in before)
             return
-        now = observe(current, [self.view.value], samples, provider, self.held[samples])
+        now = observe(current, self.view.values, samples, provider, self.held[samples])
         yield from zip(now, before, strict=True)
 
     def _columns(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:

@@ -466,7 +466,9 @@ class _Search:
             for site in self._context.sites:
                 if site.name in proposal.masks:
                     start = proposal.start(site, study.weight(site))
-                    bare[site.name] = Refit(start, np.zeros(site.shape[1]))
+                    bare[site.name] = Refit(
+                        study.stored_as(site, start), np.zeros(site.shape[1])
+                    )
             tried = self._attempt(proposal, bare)
             self._costs[key] = tried.predicted_cost if tried.takes_apart else math.inf
             logger.info("%s: predicted %.2f of the time", proposal.name, self._costs[key])
@@ -474,13 +476,15 @@ class _Search:
 
     def _attempt(self, proposal: Proposal, refits: Mapping[str, Refit]) -> Attempt:
         study = self._context.study
+        weights = {weight.name: study.weight(weight) for weight in study.weights}
+        weights |= {
+            site.name: study.values(site, refits[site.name].stored)
+            for site in study.sites
+            if site.name in refits
+        }
         evidence = {
-            site.name: Evidence(
-                weight, weight, Zero(), "calibration" if name in refits else "zero"
-            )
-            for site in study.weights
-            for name in (site.name,)
-            for weight in (refits[name].weight if name in refits else study.weight(site),)
+            name: Evidence(weight, weight, Zero(), "calibration" if name in refits else "zero")
+            for name, weight in weights.items()
         }
         return attempt(
             study,

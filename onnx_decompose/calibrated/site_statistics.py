@@ -191,10 +191,10 @@ def input_moments(
 ) -> dict[View, Moments]:
     """Moments of each view with itself; ``seed`` as of ``Rows``."""
     adding = {view: (Rows(view, samples.count, seed), MomentAccumulator()) for view in views}
-    values = list(dict.fromkeys(view.value for view in views))
+    values = list(dict.fromkeys(name for view in views for name in view.values))
     for found in observe(model, values, samples, provider):
-        for view, (rows, accumulator) in adding.items():
-            for (x,) in rows.each(found[view.value]):
+        for rows, accumulator in adding.values():
+            for (x,) in rows.each(found):
                 accumulator.update(x)
     return {view: accumulator.result() for view, (_, accumulator) in adding.items()}
 

@@ -107,7 +107,7 @@ def _proposal(
     return Proposal(
         f"support({groups.count} groups, {told}{LOSSES[number]:.2g} lost)",
         _masks(region, placed),
-        focus=Focus(groups.count, region.entries, groups.shares, outputs),
+        focus=Focus(groups.count, groups.survey.values, groups.shares, outputs),
     )
 
 

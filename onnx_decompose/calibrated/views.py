@@ -1,4 +1,4 @@
-"""What a site reads is a view of a value: its rows as they are, or the patches in a convolution's windows.
+"""What a site reads is a view of a value: its rows as they are, what integers stand for, or a convolution's patches.
 
 Sites with the same view multiply the same rows, whatever their weights are: moments, stages of a refit and everything
 else that is known of what sites read goes by view.
@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_decompose.analysis.windows import Window
+from onnx_decompose.graph.quantized import INTEGER_PRODUCTS, input_codes
 from onnx_decompose.graph.sites import attribute_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import onnx
     from numpy.typing import NDArray
 
     from onnx_decompose.graph.sites import Site
+    from onnx_decompose.model.constants import Constants
 
 __all__ = ["POSITIONS", "ROWS", "Rows", "View", "view_of"]
 
@@ -46,14 +48,54 @@ class View:
     Attributes:
         value: name of the value.
         window: of a convolution; None where the rows are the value's own, along its last axis.
+        codes: scale and zero point of a value of integers, numbers or names of values; none where it is read as it is.
     """
 
     value: str
     window: Window | None = None
+    codes: tuple[str | float, str | float] | None = None
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of all values that it takes."""
+        return (self.value, *(part for part in self.codes or () if isinstance(part, str)))
+
+    def array(self, found: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The value as it is read, of the values by name."""
+        value = found[self.value]
+        if self.codes is None:
+            return value
+        scale, zero = (
+            float(found[part].reshape(())) if isinstance(part, str) else part
+            for part in self.codes
+        )
+        return (value.astype(np.float64) - zero) * scale
+
+    def rows(self, found: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """(rows, K) the value as it is read, of a view without a window."""
+        value = self.array(found)
+        return value.reshape(-1, value.shape[-1])
 
 
-def view_of(site: Site, node: onnx.NodeProto) -> View:
-    """How ``site`` reads its input; ``node`` is its own."""
+def view_of(
+    site: Site, node: onnx.NodeProto, maker: onnx.NodeProto | None, constants: Constants
+) -> View | None:
+    """How ``site`` reads its input; None where that is not a number for each unit.
+
+    Args:
+        site: the site.
+        node: its own.
+        maker: the node that makes its input, if any does.
+        constants: the constants of the graph.
+    """
+    if site.op_type in INTEGER_PRODUCTS:
+        parts: list[str | float] = []
+        for name, default in zip(input_codes(node, maker), (1.0, 0.0), strict=True):
+            if name in constants and constants.array(name).size != 1:
+                return None  # one for each row of one sample
+            held = float(constants.array(name).reshape(())) if name in constants else name
+            parts.append(held or default)
+        return View(site.input, codes=(parts[0], parts[1]))
     if not site.kernel:
         return View(site.input)
     given = attribute_values(node)
@@ -84,18 +126,19 @@ class Rows:
     """
 
     def __init__(self, view: View, samples: int, seed: int) -> None:
-        self._window = view.window
+        self._view, self._window = view, view.window
         self._most = max(POSITIONS, ROWS // max(samples, 1))
         self._rng = np.random.default_rng(seed)
 
-    def each(self, *values: NDArray[Any]) -> Iterator[tuple[NDArray[Any], ...]]:
-        """The same rows, (rows, K), of each of ``values``: one batch of one value, of several models.
+    def each(self, *found: Mapping[str, NDArray[Any]]) -> Iterator[tuple[NDArray[Any], ...]]:
+        """The same rows, (rows, K), of each of ``found``: one batch of the view's values by name, of several models.
 
         Of a window, a number of whole samples at a time.
         """
         if self._window is None:
-            yield tuple(value.reshape(-1, value.shape[-1]) for value in values)
+            yield tuple(self._view.rows(each) for each in found)
             return
+        values = [self._view.array(each) for each in found]
         count, channels, *sizes = values[0].shape
         total = math.prod(self._window.positions(sizes))
         chosen = self._drawn(count, total)

@@ -26,6 +26,7 @@ from onnx_decompose.graph.gates import find_gates, reading_sites, with_slopes
 from onnx_decompose.graph.sites import stored_nothing
 from onnx_decompose.graph.study import state_graph, study_model
 from onnx_decompose.model.metadata import (
+    Block,
     Decomposition,
     FoldedBias,
     SiteBlocks,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
-    from onnx_decompose.model.metadata import Annealing, Block
+    from onnx_decompose.model.metadata import Annealing
     from onnx_decompose.model.model_io import Model
     from onnx_decompose.planning.cost import CostModel
     from onnx_decompose.planning.state_graph import Emit
@@ -189,16 +190,26 @@ class Attempt:
             for site in region.sites:
                 if site.name not in {*self.added, *self.absorbed, *self.slopes}:
                     continue
-                bias, dtype = places[site.name], self.study.weight(site).dtype
-                values = bias.stored(0.0, dtype)
+                bias = places[site.name]
+                values = bias.stored(0.0)
                 axis = region.axis_of[site.output]
                 kept = np.concatenate([branch.units[axis] for branch in plan.branches])
                 if plan.decision == "shared":  # copies are made of what a branch computes
                     kept = np.arange(values.size)
-                values[kept] = bias.stored(self.added.get(site.name, 0.0), dtype)[kept]
+                values[kept] = bias.stored(self.added.get(site.name, 0.0))[kept]
                 if bias.constant is not None or bias.axes or values.any():
                     found[site] = values
         return found
+
+    def biases_outside(self) -> set[str]:
+        """Names of the rewritten sites whose bias something reads that is not in their region."""
+        places = self._biases()
+        return {
+            site.name
+            for region, _ in self.rewrites
+            for site in region.sites
+            if not set(region.nodes).issuperset(places[site.name].nodes[:1])
+        }
 
     @property
     def absorbing(self) -> dict[Site, int]:
@@ -353,10 +364,14 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
     constants = _sliced(
         rewriting.constants, rewriting.unit_axes, dense, folding.record.values()
     )
+    outside = tried.biases_outside()
     folded_biases = {
         # An emitter that did not note where a bias went fails claim A.
         site.name: FoldedBias(
-            digest(values), rewriting.constants.get(folding.record[site.name], ())
+            digest(values),
+            _whole(folding.record[site.name], values)
+            if site.name in outside
+            else rewriting.constants.get(folding.record[site.name], ()),
         )
         for site, values in biases.items()
     }
@@ -391,6 +406,11 @@ def rewritten_model(tried: Attempt, budget: float) -> tuple[Model, Decomposition
     }
     found = Decomposition(budget, sites | recurrent, rewriting.reordered, constants | rows)
     return _restored(tried.study, model), found
+
+
+def _whole(name: str, values: NDArray[Any]) -> tuple[Block, ...]:
+    """A row of units that is stored as it is."""
+    return (Block(np.arange(1), np.arange(values.size), name, transposed=False),)
 
 
 def _restored(study: Study, flat: Model) -> Model:
@@ -507,7 +527,7 @@ def _scalable(tried: Attempt) -> tuple[list[Region], list[Site]]:
 
 def _holds(tried: Attempt, site: Site, place: Bias) -> bool:
     """Whether the scaled weight and bias of a site are numbers that its type has."""
-    bias = place.stored(tried.added.get(site.name, 0.0), tried.study.weight(site).dtype)
+    bias = place.stored(tried.added.get(site.name, 0.0))
     return bool(np.isfinite(place.scaled(tried.weight(site))).all() and np.isfinite(bias).all())
 
 

@@ -162,7 +162,7 @@ class _Walk:
         if self._biases is None:  # only where something is constant: most regions never ask
             self._biases = find_biases(self._graph, self._region.sites, self._study.constants)
         bias = self._biases[site.name]
-        if not np.isfinite(bias.stored(total, self._study.weight(site).dtype)).all():
+        if not np.isfinite(bias.stored(total)).all():
             return False
         if not bias.inside and not bias.nodes:
             return opset_of(self._study.model.proto) >= _ADD_BROADCASTS_FROM

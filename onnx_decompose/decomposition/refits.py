@@ -22,15 +22,16 @@ class Refit:
     """A site's new entries, and what makes up for the rest.
 
     Attributes:
-        weight: (K, N) of the weight's type; exactly zero where the entry was removed.
+        stored: (K, N) what is stored for the weight, of the stored type; where the entry was removed, what stands for
+            nothing: zero, or the zero point of integers.
         added: (N,) float64, what is added to the product x W; it goes into the bias.
     """
 
-    weight: NDArray[Any]
+    stored: NDArray[Any]
     added: NDArray[np.float64]
 
 
 def weight_of(study: Study, site: Site, refits: Mapping[str, Refit]) -> NDArray[Any]:
     """The stored entries of ``site``, (K, N): refitted, or the original's."""
     refit = refits.get(site.name)
-    return study.stored(site) if refit is None else refit.weight
+    return study.stored(site) if refit is None else refit.stored

@@ -3,6 +3,7 @@
 Gemm, Conv              its third input
 MatMul, then Add        the constant that the Add, the only reader of the product, adds to each unit
 anything else           an Add that is not there yet
+a weight of integers    the constant that is there (``integer_biases``), or none
 ... then Mul, Add, ...  per-unit constants, absorbed into weight and bias where that is asked for
 """
 
@@ -12,16 +13,18 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 
+from onnx_decompose.graph.integer_biases import find_integer_bias
 from onnx_decompose.graph.regions import Region, value_readers
 from onnx_decompose.graph.sites import attribute_values
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
-    import onnx
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.grid import Grid
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.model.constants import Constants
 
@@ -38,6 +41,9 @@ __all__ = [
 
 _ROWS_AT_A_TIME = 1024
 
+_AS_GOOD_AS_FLOATS = 4
+"""Bytes of an integer."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Bias:
@@ -46,7 +52,7 @@ class Bias:
     Attributes:
         nodes: indices of the Mul and Add nodes that are part of it, in order; none for a bias inside a Gemm.
         inside: the site adds it itself, as its third input; else the last of ``nodes``, or a new one.
-        alpha: factor of the product inside the site.
+        alpha: factor of the product inside the site; of a product of integers (N,) or (1,), up to the bias.
         beta: factor of the bias inside the site.
         scale: (N,) per-unit factor of what follows the site.
         shift: (N,) what is added in all.
@@ -54,11 +60,16 @@ class Bias:
         axes: axes of size 1 before the units in the stored bias.
         value: what is made of all that.
         rows: (K,) factor of what each row of the weight reads.
+        dtype: of the stored bias.
+        position: of a product with a weight of integers, which input of the first of ``nodes`` the constant is; all
+            else about them stays. None where there is no constant, or the weight is of floats.
+        integers: whether the weight is.
+        grid: what a stored bias of integers stands for, (1, N); None for floats.
     """
 
     nodes: tuple[int, ...]
     inside: bool
-    alpha: float
+    alpha: float | FloatArray
     beta: float
     scale: FloatArray
     shift: FloatArray
@@ -66,12 +77,40 @@ class Bias:
     axes: int
     value: str
     rows: FloatArray
+    dtype: np.dtype[Any]
+    position: int | None = None
+    integers: bool = False
+    grid: Grid | None = None
 
-    def stored(self, added: FloatArray | float, dtype: np.dtype[Any]) -> NDArray[Any]:
+    @property
+    def is_missing(self) -> bool:
+        """Whether nothing can be added: an Add would tear the operators apart that a runtime takes as one product."""
+        return self.integers and self.position is None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it can be any number, as nearly as floats can: 32 bits of integers are as good."""
+        if self.is_missing:
+            return False
+        return self.grid is None or self.dtype.itemsize >= _AS_GOOD_AS_FLOATS
+
+    def stored(self, added: FloatArray | float) -> NDArray[Any]:
         """The bias as it is stored, (N,), with ``added`` (N,) to the product x W: float64 up to here, rounded once."""
         total = (self.shift + self.scale * (self.alpha * added)) / self.beta
+        if self.grid is not None:
+            return np.asarray(self.grid.codes(total[None])[0])
         with np.errstate(over="ignore"):
-            return np.asarray(total.astype(dtype))
+            return np.asarray(total.astype(self.dtype))
+
+    def held(self, added: FloatArray) -> FloatArray:
+        """What is really added to the product x W, (N,), where ``added`` was to be: 0 where there is no bias."""
+        if self.is_missing:
+            return np.zeros(added.shape)
+        stored = self.stored(added)
+        floats = stored.astype(np.float64) if self.grid is None else self.grid.values(stored)
+        total = self.beta * floats.reshape(-1)
+        found: FloatArray = (total - self.shift) / (self.scale * self.alpha)
+        return found
 
     def scaled(self, weight: NDArray[Any]) -> NDArray[Any]:
         """The weight, (K, N), with both factors in it: every entry times its row's and its unit's, rounded once."""
@@ -160,14 +199,17 @@ def _bias(
     readers: Mapping[str, set[int]],
     count: int | None,
 ) -> Bias:
+    if site.quantized is not None:
+        return _integer_bias(graph, site, constants, readers)
     node, units = graph.node[site.node], site.shape[1]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(constants[site.weight].data_type)
     attributes = attribute_values(node)
     alpha = attributes.get("alpha", 1.0)
     scale, shift = np.ones(units), np.zeros(units)
     inside, rows = _takes_bias(graph, site, constants), np.ones(site.shape[0])
     name, axes, value = None, 0, site.output
     if site.op_type != "MatMul" and not inside:
-        return Bias((), False, alpha, 1.0, scale, shift, None, 0, value, rows)
+        return Bias((), False, alpha, 1.0, scale, shift, None, 0, value, rows, dtype)
     beta = attributes.get("beta", 1.0) if inside else 1.0
     if inside and len(node.input) > 2 and node.input[2]:
         name = str(node.input[2])
@@ -186,7 +228,41 @@ def _bias(
             name, shift = constant, shift + row
         if not inside:
             axes = max(axes, len(constants[constant].shape) - 1)
-    return Bias(tuple(nodes), inside, alpha, beta, scale, shift, name, axes, value, rows)
+    return Bias(tuple(nodes), inside, alpha, beta, scale, shift, name, axes, value, rows, dtype)
+
+
+def _integer_bias(
+    graph: onnx.GraphProto,
+    site: Site,
+    constants: Constants,
+    readers: Mapping[str, set[int]],
+) -> Bias:
+    units, rows = site.shape[1], np.ones(site.shape[0])
+    scale, none = np.ones(units), np.zeros(units)
+    found = find_integer_bias(graph, site, constants, readers)
+    if found is None:
+        dtype = np.dtype(np.float32)
+        value = site.output
+        return Bias(
+            (), False, 1.0, 1.0, scale, none, None, 0, value, rows, dtype, integers=True
+        )
+    value = graph.node[found.nodes[-1]].output[0]
+    return Bias(
+        found.nodes,
+        False,
+        found.alpha,
+        found.beta,
+        scale,
+        found.beta * found.values,
+        found.constant,
+        found.axes,
+        value,
+        rows,
+        found.dtype,
+        found.position,
+        integers=True,
+        grid=found.grid,
+    )
 
 
 def _takes_bias(graph: onnx.GraphProto, site: Site, constants: Constants) -> bool:

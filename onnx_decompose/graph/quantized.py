@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from onnx_decompose.analysis.grid import Grid
 from onnx_decompose.model.tensors import FLOAT_TYPES
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ __all__ = [
     "Quantized",
     "dequantized",
     "find_quantized",
+    "grid_of",
+    "input_codes",
     "integers",
     "is_integer_line",
     "nothing",
@@ -160,14 +163,56 @@ def nothing(quantized: Quantized, constants: Constants) -> Array:
     return operand.matrix(constants.array(operand.name)).astype(dtype)
 
 
-def dequantized(quantized: Quantized, constants: Constants) -> NDArray[np.float32]:
-    """What the integers stand for, (K, N), for evidence: a factor that comes after the product is not in it."""
-    values = integers(quantized, constants).astype(np.float32)
+def dequantized(
+    quantized: Quantized, constants: Constants, codes: Array | None = None
+) -> NDArray[np.float32]:
+    """What the integers stand for, (K, N), for evidence: a factor that comes after the product is not in it.
+
+    Args:
+        quantized: the weight.
+        constants: the constants of the graph.
+        codes: (K, N) integers in the place of those that are stored.
+    """
+    stored = integers(quantized, constants) if codes is None else codes
+    values = stored.astype(np.float32)
     values -= nothing(quantized, constants).astype(np.float32)
     for operand, divides in quantized.factors:
         factor = operand.matrix(constants.array(operand.name)).astype(np.float32)
         values = values / factor if divides else values * factor
     return values
+
+
+def grid_of(quantized: Quantized, constants: Constants) -> Grid:
+    """The numbers that the integers of a weight can stand for, as of :func:`dequantized`."""
+    step = np.ones((1, 1))
+    for operand, divides in quantized.factors:
+        factor = operand.matrix(constants.array(operand.name)).astype(np.float64)
+        step = step / factor if divides else step * factor
+    zero = nothing(quantized, constants).astype(np.float64)
+    return Grid(step, zero, integers(quantized, constants).dtype)
+
+
+def input_codes(node: onnx.NodeProto, maker: onnx.NodeProto | None) -> tuple[str, str]:
+    """Scale and zero point of the integers that a product of integers reads, where they are known.
+
+    Args:
+        node: the product.
+        maker: the node that makes its input, if any does.
+
+    Returns:
+        Names of values, empty for 1 and 0; both empty for a product of floats.
+    """
+    if node.op_type == "QLinearMatMul":
+        return node.input[1], node.input[2]
+    if node.op_type != "MatMulInteger":
+        return "", ""
+    zero = node.input[2] if len(node.input) > 2 else ""
+    if maker is not None and maker.op_type == "DynamicQuantizeLinear":
+        return maker.output[1], zero
+    return (
+        maker.input[1] if maker is not None and maker.op_type == "QuantizeLinear" else "",
+        zero,
+    )
 
 
 def is_integer_line(

@@ -16,6 +16,7 @@ from onnx_decompose.graph.quantized import (
     Quantized,
     dequantized,
     find_quantized,
+    grid_of,
     integers,
     is_integer_line,
     nothing,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.grid import Grid
     from onnx_decompose.model.constant_forms import Constant
     from onnx_decompose.model.constants import Constants
     from onnx_decompose.model.model_io import Model
@@ -43,8 +45,11 @@ __all__ = [
     "find_sites",
     "is_standard",
     "node_names",
+    "site_grid",
     "site_weight",
+    "stored_as",
     "stored_nothing",
+    "stored_values",
     "stored_weight",
 ]
 
@@ -208,6 +213,27 @@ def stored_weight(site: Site, constants: Constants) -> NDArray[Any]:
         weight = weight.T
     assert weight.shape == site.shape
     return weight
+
+
+def stored_values(site: Site, stored: NDArray[Any], constants: Constants) -> NDArray[Any]:
+    """What entries that could be stored for the weight of ``site``, (K, N), stand for."""
+    if site.quantized is not None:
+        return dequantized(site.quantized, constants, stored)
+    return stored
+
+
+def site_grid(site: Site, constants: Constants) -> Grid:
+    """The numbers that can be stored for the weight of ``site``, which is of integers."""
+    assert site.quantized is not None
+    return grid_of(site.quantized, constants)
+
+
+def stored_as(site: Site, weight: NDArray[Any], constants: Constants) -> NDArray[Any]:
+    """What is stored for entries, (K, N), of ``site``: the nearest that its type, or its grid, has."""
+    if site.quantized is not None:
+        return site_grid(site, constants).codes(weight)
+    with np.errstate(over="ignore"):
+        return weight.astype(constants.array(site.weight).dtype, copy=False)
 
 
 def stored_nothing(site: Site, constants: Constants) -> NDArray[Any]:

@@ -21,8 +21,11 @@ from onnx_decompose.graph.sites import (
     Site,
     check_finite,
     find_sites,
+    site_grid,
     site_weight,
+    stored_as,
     stored_nothing,
+    stored_values,
     stored_weight,
 )
 from onnx_decompose.graph.unit_layouts import fused_nodes, stack_form
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from onnx_decompose.analysis.grid import Grid
     from onnx_decompose.model.model_io import Model
 
 __all__ = ["Study", "state_graph", "study_model"]
@@ -101,6 +105,18 @@ class Study:
     def stored(self, site: Site) -> NDArray[Any]:
         """The entries that are stored for the weight of a site, (K, N)."""
         return stored_weight(site, self.constants)
+
+    def stored_as(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
+        """What is stored for other entries of a site, (K, N): the nearest that its type, or its grid, has."""
+        return stored_as(site, weight, self.constants)
+
+    def grid(self, site: Site) -> Grid:
+        """The numbers that can be stored for the weight of a site of integers."""
+        return site_grid(site, self.constants)
+
+    def values(self, site: Site, stored: NDArray[Any]) -> NDArray[Any]:
+        """What entries that could be stored for the weight of a site, (K, N), stand for."""
+        return stored_values(site, stored, self.constants)
 
     def annealed(self, site: Site, mask: NDArray[np.bool_]) -> NDArray[Any]:
         """The stored entries of a site, (K, N), without those that ``mask`` does not support."""

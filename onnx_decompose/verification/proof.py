@@ -87,9 +87,7 @@ def prove_structure(
             weights[site] = rebuilt
         if isinstance(site, RecurrentWeight):
             continue
-        reason, bias = _rebuild_bias(
-            rewritten, stored, blocks, places[name], before.dtype, used
-        )
+        reason, bias = _rebuild_bias(rewritten, stored, blocks, places[name], used)
         fault = fault or reason
         if bias is not None:
             biases[site] = bias
@@ -173,16 +171,18 @@ def _rebuild_bias(
     stored: Mapping[str, onnx.TensorProto],
     blocks: SiteBlocks,
     place: Bias,
-    dtype: np.dtype[Any],
     used: dict[str, NDArray[np.bool_]],
 ) -> tuple[str | None, NDArray[Any] | None]:
     """What is wrong with a site's bias, and the bias, (N,); None where that is the original's."""
     if blocks.bias is None:
         takes_in = blocks.absorbed is not None or blocks.slope
-        if takes_in and place.stored(0.0, dtype).any():
+        if takes_in and place.stored(0.0).any():
             return f"site '{blocks.site}': the bias that it absorbed is missing", None
         return None, None
-    rest = place.stored(0.0, dtype)[None, :]
+    if place.is_missing:
+        fault = "a bias is recorded, and there is no constant that it could be"
+        return f"site '{blocks.site}': {fault}", None
+    rest = place.stored(0.0)[None, :]
     reason, row = _rebuild(model, stored, blocks.bias.blocks, rest, used, are_rows=True)
     if row is None:
         return f"site '{blocks.site}': {reason}", None

@@ -101,12 +101,16 @@ class Writer:
 
     def rounded(self, value: str, scale: float, zero: int, name: str) -> str:
         """Through a pair of quantizers."""
+        codes = self.coded(value, scale, zero, name)
+        return self.add("DequantizeLinear", [codes, f"{name}.s", f"{name}.z"], f"{name}.d")
+
+    def coded(self, value: str, scale: float, zero: int, name: str) -> str:
+        """As integers."""
         pair = [
             self.scalar(f"{name}.s", np.float32(scale)),
             self.scalar(f"{name}.z", np.uint8(zero)),
         ]
-        self.add("QuantizeLinear", [value, *pair], f"{name}.q")
-        return self.add("DequantizeLinear", [f"{name}.q", *pair], f"{name}.d")
+        return self.add("QuantizeLinear", [value, *pair], f"{name}.q")
 
 
 Product = "Callable[[Writer, str, str, Codes, Array, str], str]"
@@ -120,6 +124,29 @@ def qdq(w: Writer, site: str, x: str, codes: Codes, bias: Array, output: str) ->
     product = w.add("MatMul", [x, weight], f"{site}.product", site)
     product = w.rounded(product, 0.06, 130, f"{site}.out")
     return w.add("Add", [product, w.store(f"{site}.bias", bias)], output)
+
+
+def qdq_codes(w: Writer, site: str, x: str, codes: Codes, bias: Array, output: str) -> str:
+    """Everything is quantized, the constant of the Add too."""
+    x = w.rounded(x, 0.05, 120, f"{site}.in")
+    axis = 1 if codes.lines is None else codes.lines
+    weight = w.add("DequantizeLinear", w.codes(site, codes), f"{site}.w", axis=axis)
+    product = w.add("MatMul", [x, weight], f"{site}.product", site)
+    product = w.rounded(product, 0.06, 130, f"{site}.out")
+    stored = np.clip(np.round(bias / 0.04) + 128, 0, 255).astype(np.uint8)
+    parts = [w.store(f"{site}.bias", stored), w.scalar(f"{site}.bias.s", np.float32(0.04))]
+    parts.append(w.scalar(f"{site}.bias.z", np.uint8(128)))
+    return w.add("Add", [product, w.add("DequantizeLinear", parts, f"{site}.b")], output)
+
+
+def bare(w: Writer, site: str, x: str, codes: Codes, bias: Array, output: str) -> str:
+    """Nothing is added."""
+    del bias
+    x = w.rounded(x, 0.05, 120, f"{site}.in")
+    axis = 1 if codes.lines is None else codes.lines
+    weight = w.add("DequantizeLinear", w.codes(site, codes), f"{site}.w", axis=axis)
+    product = w.add("MatMul", [x, weight], f"{site}.product", site)
+    return w.add("Identity", [w.rounded(product, 0.06, 130, f"{site}.out")], output)
 
 
 def qdq_gemm(w: Writer, site: str, x: str, codes: Codes, bias: Array, output: str) -> str:
@@ -173,7 +200,7 @@ def dynamic(w: Writer, site: str, x: str, codes: Codes, bias: Array, output: str
 
 def qlinear(w: Writer, site: str, x: str, codes: Codes, bias: Array, output: str) -> str:
     """Integers in and out of one operator."""
-    w.rounded(x, 0.05, 120, f"{site}.in")
+    w.coded(x, 0.05, 120, f"{site}.in")
     names = w.codes(site, codes)
     out = [w.scalar(f"{site}.y.s", np.float32(0.06)), w.scalar(f"{site}.y.z", np.uint8(130))]
     inputs = [f"{site}.in.q", f"{site}.in.s", f"{site}.in.z", *names, *out]

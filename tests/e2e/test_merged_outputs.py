@@ -136,5 +136,5 @@ def _error(context: CalibrationContext, proposal: object) -> float:
     rows = np.random.default_rng(3).normal(size=(200, INPUTS))
     rows[:, 0] = 2.0
     before = rows @ context.study.weight(site)
-    after = rows @ refit.weight + refit.added
+    after = rows @ refit.stored + refit.added
     return float(np.linalg.norm(after - before) / np.linalg.norm(before))

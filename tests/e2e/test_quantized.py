@@ -30,7 +30,8 @@ from tests.e2e.test_inner_graphs import (
     function_with_its_own_weights,
     loop,
 )
-from tools.bench_quantized import FORMS, quantized
+from tools.bench_quantized import quantized
+from tools.quantize_model import FORMS
 from tools.untouched import untouched_faults
 
 if TYPE_CHECKING:

@@ -76,7 +76,7 @@ def test_inputs_are_added_up_and_refitted_as_one(context: CalibrationContext) ->
         weight = context.study.weight(site)
         for made in (
             proposal.start(site, weight),
-            refitted(context, proposal)[site.name].weight,
+            refitted(context, proposal)[site.name].stored,
         ):
             assert made.shape == site.shape
             assert len(np.unique(made, axis=0)) == pools.rows

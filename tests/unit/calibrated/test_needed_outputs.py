@@ -43,8 +43,10 @@ def own_heads(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str
     }
 
 
-def context(rng: np.random.Generator, metric: Metric | None) -> CalibrationContext:
-    model = onnx.parser.parse_model(TEXT)
+def context(
+    rng: np.random.Generator, metric: Metric | None, text: str = TEXT
+) -> CalibrationContext:
+    model = onnx.parser.parse_model(text)
     weight = rng.normal(size=(4, 3)).astype(np.float32)
     model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
     task = np.arange(60) % 2
@@ -78,7 +80,31 @@ def test_without_a_metric_nothing_is_said(rng: np.random.Generator) -> None:
 def test_of_values_that_are_no_outputs_nothing_is_said(rng: np.random.Generator) -> None:
     asked = context(rng, Metric("own", own_heads))
     assert needed_outputs(asked, "w", ["x"], shares) is None
-    assert needed_outputs(asked, "y", ["y"], shares) is None
+
+
+QUANTIZED = """
+<ir_version: 8, opset_import: ["" : 17]>
+heads (float[N, 4] x) => (float[N, 3] y)
+<float s = {0.05}, uint8 z = {128}>
+{
+    q = QuantizeLinear(x, s, z)
+    d = DequantizeLinear(q, s, z)
+    m = MatMul(d, w)
+    r = QuantizeLinear(m, s, z)
+    y = DequantizeLinear(r, s, z)
+}
+"""
+
+
+def test_an_output_shows_the_integers_that_it_is_made_of(rng: np.random.Generator) -> None:
+    def of_integers(values: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+        return shares({"x": values["q"] != 128})
+
+    found = needed_outputs(
+        context(rng, Metric("own", own_heads), QUANTIZED), "r", ["q"], of_integers
+    )
+    assert found is not None
+    assert np.array_equal(found > 0, [[True, False], [True, False], [False, True]])
 
 
 def test_a_constant_metric_needs_nothing(rng: np.random.Generator) -> None:

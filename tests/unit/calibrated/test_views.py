@@ -28,14 +28,17 @@ def test_sites_that_read_alike_have_one_view(rng: np.random.Generator) -> None:
         weight = rng.normal(size=(6, 4, 3, 3)).astype(np.float32)
         proto.graph.initializer.append(numpy_helper.from_array(weight, name))
     study = study_model(Model(proto))
-    found = [view_of(site, proto.graph.node[site.node]) for site in study.sites]
+    found = [
+        view_of(site, proto.graph.node[site.node], None, study.constants)
+        for site in study.sites
+    ]
     assert found[0] == found[1] == View("x", Window((3, 3), pads=(1, 1, 1, 1)))
     assert found[2] == View("x", Window((3, 3), (2, 2), auto_pad="SAME_UPPER"))
 
 
 def test_rows_of_a_product_are_the_values_own(rng: np.random.Generator) -> None:
     x = rng.normal(size=(3, 5, 7))
-    ((rows,),) = Rows(View("x"), 3, 0).each(x)
+    ((rows,),) = Rows(View("x"), 3, 0).each({"x": x})
     np.testing.assert_array_equal(rows, x.reshape(15, 7))
 
 
@@ -48,7 +51,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_positions_where_they_are_few(rng: np.random.Generator) -> None:
     view = View("x", Window((3, 3), pads=(1, 1, 1, 1)))
     x = rng.normal(size=(5, 2, 4, 4))
-    (found,) = zip(*Rows(view, 5, 0).each(x), strict=True)
+    (found,) = zip(*Rows(view, 5, 0).each({"x": x}), strict=True)
     assert view.window is not None
     np.testing.assert_array_equal(np.concatenate(found), view.window.patches(x))
 
@@ -61,13 +64,15 @@ def test_as_many_positions_of_each_sample_and_the_same_for_every_model(
     view = View("x", Window((1,)))
     # What is read tells where: sample and position.
     x = (np.arange(5)[:, None] * 100 + np.arange(50)).reshape(5, 1, 50).astype(np.float64)
-    both = list(Rows(view, 10, 3).each(x, -x))
+    both = list(Rows(view, 10, 3).each({"x": x}, {"x": -x}))
     assert [len(rows) for rows, _ in both] == [12, 12, 6]
     first, second = (np.concatenate(part)[:, 0] for part in zip(*both, strict=True))
     np.testing.assert_array_equal(first, -second)
     assert np.bincount(first.astype(int) // 100).tolist() == [6] * 5
     assert len(set(first)) == first.size
     again = Rows(view, 10, 3)
-    np.testing.assert_array_equal(np.concatenate([r for (r,) in again.each(x)])[:, 0], first)
-    later = np.concatenate([r for (r,) in again.each(x)])[:, 0]
+    np.testing.assert_array_equal(
+        np.concatenate([r for (r,) in again.each({"x": x})])[:, 0], first
+    )
+    later = np.concatenate([r for (r,) in again.each({"x": x})])[:, 0]
     assert not np.array_equal(later, first)  # another batch, other positions

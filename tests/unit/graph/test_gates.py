@@ -89,7 +89,7 @@ def test_the_slope_goes_in_and_its_inverse_behind() -> None:
     np.testing.assert_array_equal(
         first.scaled(found.constants.array("w1")), [[2, -1, 3], [8, -2.5, 6]]
     )
-    np.testing.assert_array_equal(first.stored(0.0, np.dtype(np.float32)), [2, -1, 3])
+    np.testing.assert_array_equal(first.stored(0.0), [2, -1, 3])
     np.testing.assert_array_equal(
         second.scaled(found.constants.array("w2")), [[0.5, 0.5], [-2, -2], [1, 1]]
     )
