@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
-__all__ = ["MomentAccumulator", "Moments"]
+__all__ = ["MomentAccumulator", "Moments", "diagonal_blocks"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,7 @@ class Moments:
     """Means and central second moments of x, (K,), together with y, (N,), over the same rows.
 
     Attributes:
-        count: rows, or their total weight.
+        count: rows, or their total weight; of rows that are not independent, how many they are worth.
         mean_x: (K,) mean of x.
         mean_y: (N,) mean of y.
         xx: (K, K) covariance of x, divided by ``count``.
@@ -76,6 +76,17 @@ class Moments:
             self.xy + np.outer(x, y),
             self.yy + y**2,
         )
+
+    def each(self, weight: NDArray[Any], taps: int = 1) -> FloatArray:
+        """(inputs, N) variance of what each input alone adds to x W, W (K, N): by ``taps`` rows one after another."""
+        wide = weight.astype(np.float64)
+        if taps == 1:
+            alone: FloatArray = np.maximum(np.diagonal(self.xx), 0.0)[:, None] * wide**2
+            return alone
+        blocks = wide.reshape(-1, taps, wide.shape[1])
+        own = diagonal_blocks(self.xx, taps)
+        found: FloatArray = np.maximum(((own @ blocks) * blocks).sum(axis=1), 0.0)
+        return found
 
     def added_up(self, labels: NDArray[np.intp]) -> Moments:
         """The moments of sums of x with y: of the x with one label, (K,), numbered from 0."""
@@ -144,6 +155,14 @@ class MomentAccumulator:
         self._shift_y, self._sum_y = y.mean(axis=0), np.zeros(outputs)
         self._xx, self._xy = np.zeros((inputs, inputs)), np.zeros((inputs, outputs))
         self._yy = np.zeros(outputs)
+
+
+def diagonal_blocks(square: FloatArray, size: int) -> FloatArray:
+    """(blocks, size, size) those along the diagonal of (K, K)."""
+    count = square.shape[0] // size
+    numbers = np.arange(count)
+    found: FloatArray = square.reshape(count, size, count, size)[numbers, :, numbers]
+    return found
 
 
 def _rows(values: NDArray[Any]) -> FloatArray:

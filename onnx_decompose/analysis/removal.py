@@ -6,6 +6,9 @@ optimal brain surgery (Hassibi and Stork 1993), here for whole rows of V. Then
 
     V <- V - P_i v_i / P_ii        P <- P - P_i P_i^T / P_ii
 
+A channel of a convolution has a row for each of its taps, that go together: with V_i (taps, N) and P_ii (taps, taps)
+its cost is tr(V_i^T P_ii^-1 V_i), and the rest is the same with P_ii^-1 in the place of 1 / P_ii.
+
 One unit at a time, so that of two that say the same only one goes. Means take no part: they go into biases.
 """
 
@@ -16,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
+
+from onnx_decompose.analysis.gram import diagonal_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +39,7 @@ _ROWS_PER_UNIT = 2.0
 _BLOCK = 64
 """Units that go before what is left of the others is written anew."""
 _TRUSTED = 0.5
-"""Of 1 / (variance of a unit), which P_ii cannot be under: what is, rounding has made."""
+"""Of 1 / (variance of a unit), which P_ii cannot be under: what is, rounding has made. So with its covariance."""
 _MORE_RIDGE = 10.0
 
 
@@ -43,14 +48,16 @@ class Reader:
     """A site that reads the units.
 
     Attributes:
-        covariance: (H, H) of what it reads.
-        weight: (H, N).
+        covariance: (H taps, H taps) of what it reads.
+        weight: (H taps, N).
         rows: that the covariance is of; as many as it takes by default.
+        taps: rows of the weight for each of H units, one after another.
     """
 
     covariance: FloatArray
     weight: FloatArray
     rows: float = float("inf")
+    taps: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +86,7 @@ def removal_order(readers: Sequence[Reader], most: float = 0.5) -> Removal:
     """
     states = [_State(reader) for reader in readers]
     power = sum(state.power for state in states)
-    units = np.arange(readers[0].weight.shape[0])
+    units = np.arange(readers[0].weight.shape[0] // readers[0].taps)
     order: list[int] = []
     lost: list[float] = []
     total = 0.0
@@ -106,97 +113,155 @@ def removal_order(readers: Sequence[Reader], most: float = 0.5) -> Removal:
 class _State:
     """V and P of one reader while units go.
 
-    What the last units changed is kept apart, V = V0 - U Z and P = P0 - U U^T, with a column p / sqrt(P_ii) of U and a
-    row v / sqrt(P_ii) of Z for each of them, so that the large matrices are only read until they are brought up to
-    date, for a block of units at once. Where units say nearly the same, rounding adds up in P; as soon as it shows,
-    V and P are worked out from the covariance again, with a larger ridge if that is not enough.
+    What the last units changed is kept apart, V = V0 - U Z and P = P0 - U U^T, with the columns P_i P_ii^(-1/2) of U
+    and the rows P_ii^(-1/2) V_i of Z for each of them, so that the large matrices are only read until they are brought
+    up to date, for a block of units at once. Of every unit V_i V_i^T and P_ii are up to date. Where units say nearly
+    the same, rounding adds up in P; as soon as it shows, V and P are worked out from the covariance again, with a
+    larger ridge if that is not enough.
     """
 
     def __init__(self, reader: Reader) -> None:
         covariance = reader.covariance
         self.power = float(np.einsum("ij,ij->", reader.weight, covariance @ reader.weight))
+        self._taps = reader.taps
         mean = float(np.diagonal(covariance).mean())
         enough = reader.rows >= _ROWS_PER_UNIT * covariance.shape[0]
         self._ridge = max((_RIDGE if enough else _RIDGE_OF_FEW) * mean, 1e-30)
         self._covariance, self._wanted = covariance, reader.weight
-        self._units = np.arange(covariance.shape[0])
+        self._units = np.arange(covariance.shape[0] // reader.taps)
+        self._alive = np.ones(self._units.size, dtype=bool)
+        self._least = self._bound()
         self._begin(np.array(reader.weight, np.float64), self._inverted(self._units))
         self._renew_if_needed()
 
     def _begin(self, weight: FloatArray, inverse: FloatArray) -> None:
-        units, outputs = weight.shape
+        rows, outputs = weight.shape
         self._weight, self._inverse = weight, inverse
-        self._columns = np.zeros((units, _BLOCK), order="F")
-        self._rows = np.zeros((_BLOCK, outputs))
+        self._columns = np.zeros((rows, _BLOCK * self._taps), order="F")
+        self._rows = np.zeros((_BLOCK * self._taps, outputs))
         self._gone = 0
-        self._squares = np.einsum("ij,ij->i", weight, weight)
-        self._diagonal = np.diagonal(inverse).copy()
-        self._alive = np.ones(units, dtype=bool)
+        blocks = weight.reshape(-1, self._taps, outputs)
+        self._squares = blocks @ blocks.transpose(0, 2, 1)
+        self._diagonal = diagonal_blocks(inverse, self._taps)
 
     def costs(self) -> FloatArray:
         """What each unit would cost; of one that went nothing is left."""
-        found: FloatArray = np.divide(
-            self._squares, self._diagonal, out=np.zeros_like(self._squares), where=self._alive
-        )
+        found = np.zeros(self._alive.size)
+        squares, diagonal = self._squares[self._alive], self._diagonal[self._alive]
+        if self._taps == 1:
+            found[self._alive] = (squares / diagonal)[:, 0, 0]
+        else:
+            solved = np.linalg.solve(diagonal, squares)
+            found[self._alive] = np.maximum(np.trace(solved, axis1=1, axis2=2), 0.0)
         return found
 
     def remove(self, unit: int) -> None:
         """Let the others take over."""
         columns, rows = self._columns[:, : self._gone], self._rows[: self._gone]
-        column = self._inverse[unit] - columns @ columns[unit]
+        own = slice(unit * self._taps, (unit + 1) * self._taps)
+        column = self._inverse[own].T - columns @ columns[own].T
         self._alive[unit] = False
-        if column[unit] < self._least()[unit]:
+        if not _exceeds(column[None, own], self._least[None, unit]):
             self._renew()
             return
-        scale = 1 / np.sqrt(column[unit])
-        column *= scale
-        row = (self._weight[unit] - columns[unit] @ rows) * scale
-        along = self._weight @ row - columns @ (rows @ row)
-        self._squares += column * (column * (row @ row) - 2 * along)
-        np.maximum(self._squares, 0, out=self._squares)
-        self._diagonal -= column * column
-        self._squares[unit] = self._diagonal[unit] = 0
-        self._columns[:, self._gone], self._rows[self._gone] = column, row
-        self._gone += 1
+        scale = _inverse_root(column[own])
+        column = column @ scale
+        row = scale.T @ (self._weight[own] - columns[own] @ rows)
+        along = self._weight @ row.T - columns @ (rows @ row.T)
+        self._update(column, along, row @ row.T)
+        last = self._gone + self._taps
+        self._columns[:, self._gone : last], self._rows[self._gone : last] = column, row
+        self._gone = last
         self._renew_if_needed()
+
+    def _update(self, column: FloatArray, along: FloatArray, square: FloatArray) -> None:
+        """V_i V_i^T and P_ii of all units, after V <- V - U Z and P <- P - U U^T.
+
+        Args:
+            column: (H taps, taps) U.
+            along: (H taps, taps) V Z^T, V from before.
+            square: (taps, taps) Z Z^T.
+        """
+        if self._taps == 1:
+            column, along = column[:, 0], along[:, 0]
+            self._squares[:, 0, 0] += column * (column * square[0, 0] - 2 * along)
+            np.maximum(self._squares, 0, out=self._squares)
+            self._diagonal[:, 0, 0] -= column * column
+            return
+        blocks, alongs = (a.reshape(-1, self._taps, self._taps) for a in (column, along))
+        turned = blocks.transpose(0, 2, 1)
+        cross = (alongs - blocks @ square / 2) @ turned
+        self._squares -= cross + cross.transpose(0, 2, 1)
+        self._diagonal -= blocks @ turned
 
     def keep(self, alive: NDArray[np.bool_]) -> None:
         """Forget the units that went, and bring the rest up to date."""
-        columns, rows = self._columns[alive, : self._gone], self._rows[: self._gone]
-        weight, inverse = self._weight[alive], self._inverse[np.ix_(alive, alive)]
+        kept = np.repeat(alive, self._taps)
+        columns, rows = self._columns[kept, : self._gone], self._rows[: self._gone]
+        weight, inverse = self._weight[kept], self._inverse[np.ix_(kept, kept)]
         weight -= columns @ rows
         inverse -= columns @ columns.T
-        self._units = self._units[alive]
+        self._units, self._alive, self._least = (
+            self._units[alive],
+            self._alive[alive],
+            self._least[alive],
+        )
         self._begin(weight, inverse)
         self._renew_if_needed()
 
-    def _least(self) -> FloatArray:
-        """What P_ii cannot be under, but for rounding."""
-        variances = np.diagonal(self._covariance)[self._units] + self._ridge
-        least: FloatArray = _TRUSTED / variances
+    def _bound(self) -> FloatArray:
+        """(H, taps, taps) what the P_ii cannot be under, but for rounding."""
+        own = diagonal_blocks(self._covariance, self._taps)[self._units]
+        inverse = np.linalg.inv(own + self._ridge * np.eye(self._taps))
+        least: FloatArray = np.asarray(_TRUSTED * inverse, np.float64)
         return least
 
     def _renew_if_needed(self) -> None:
-        if (self._diagonal < self._least())[self._alive].any():
+        if not _exceeds(self._diagonal[self._alive], self._least[self._alive]):
             self._renew()
 
     def _renew(self) -> None:
         """V and P of the units that are left from the covariance, with as much ridge as it takes."""
-        alive = self._alive.copy()
+        alive = self._alive
         units = self._units[alive]
         left = self._inverted(units)
-        while (np.diagonal(left) < self._least()[alive]).any():
+        while not _exceeds(diagonal_blocks(left, self._taps), self._least[alive]):
             self._ridge *= _MORE_RIDGE
+            self._least = self._bound()
             left = self._inverted(units)
+        kept = np.repeat(alive, self._taps)
         weight = np.zeros_like(self._weight)
-        weight[alive] = left @ (self._covariance[units] @ self._wanted)
+        weight[kept] = left @ (self._covariance[self._rows_of(units)] @ self._wanted)
         inverse = np.zeros_like(self._inverse)
-        inverse[np.ix_(alive, alive)] = left
+        inverse[np.ix_(kept, kept)] = left
         self._begin(weight, inverse)
-        self._alive = alive
 
     def _inverted(self, units: IntArray) -> FloatArray:
         """P of these units."""
-        ridged = self._covariance[np.ix_(units, units)] + self._ridge * np.eye(units.size)
+        rows = self._rows_of(units)
+        ridged = self._covariance[np.ix_(rows, rows)] + self._ridge * np.eye(rows.size)
         inverse: FloatArray = scipy.linalg.inv(ridged)
         return inverse
+
+    def _rows_of(self, units: IntArray) -> IntArray:
+        return (units[:, None] * self._taps + np.arange(self._taps)).ravel()
+
+
+def _exceeds(blocks: FloatArray, least: FloatArray) -> bool:
+    """Whether every matrix of (units, taps, taps) is larger than another, in all directions."""
+    if blocks.shape[-1] == 1:
+        return bool((blocks >= least).all())
+    try:
+        np.linalg.cholesky(blocks - least)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _inverse_root(square: FloatArray) -> FloatArray:
+    """R with R R^T the inverse of a positive definite matrix."""
+    if square.size == 1:
+        return 1 / np.sqrt(square)
+    values, vectors = np.linalg.eigh(square)
+    root: FloatArray = np.asarray(vectors / np.sqrt(values), np.float64)
+    return root

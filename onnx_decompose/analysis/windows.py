@@ -83,6 +83,16 @@ class Window:
             )
         )
 
+    def apart(self, sizes: Sequence[int]) -> int:
+        """How many of the windows of a value of those sizes reach over none of each other."""
+        each = (
+            -(-count // -(-span // step))
+            for count, span, step in zip(
+                self.positions(sizes), self.spans, self.steps, strict=True
+            )
+        )
+        return math.prod(each)
+
     def padded(self, x: NDArray[Any]) -> NDArray[Any]:
         """``x``, (batch, C, ...), with the zeros around it."""
         edges, rank = self.edges(x.shape[2:]), len(self.kernel)

@@ -84,7 +84,7 @@ class CalibrationContext:
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites whose weight and bias can be refitted: products whose rows can be seen from the main graph."""
+        """The sites whose weight and bias can be refitted: what they read can be seen from the main graph."""
         study = self.study
         graph = study.source.proto.graph
         seen = {value.name for value in graph.input}
@@ -93,8 +93,7 @@ class CalibrationContext:
         return tuple(
             site
             for site in study.sites
-            if not site.kernel  # the moments are of rows
-            and site.name in self._views
+            if site.name in self._views
             and {*self.view(site).values, site.output} <= seen
             and moment_bytes(site.shape[0]) <= self.moment_bytes
             and (
@@ -143,9 +142,12 @@ class CalibrationContext:
 
     @functools.cached_property
     def fitting(self) -> Samples:
-        """What refits are fitted on: the part to fit on, and neighbours where it is small."""
-        fit = self.parts.fit
-        return with_neighbours(fit, self.rng) if self.neighbours else fit
+        """What refits are fitted on: the part to fit on, and neighbours where it is small.
+
+        Not where there are convolutions: a signal with noise on every entry is no neighbour of it.
+        """
+        fit, patches = self.parts.fit, any(site.kernel for site in self.sites)
+        return with_neighbours(fit, self.rng) if self.neighbours and not patches else fit
 
     @functools.cached_property
     def fitted(self) -> Mapping[View, Moments]:
@@ -176,17 +178,22 @@ class CalibrationContext:
 
         Twice as many rows as there are directions in which the model's inputs vary: of fewer, a covariance shows some
         as constant that are not. How many more the refit can use, the part to choose on tells.
+
+        The patches of a sample overlap: of a convolution as many rows count as windows fit in side by side. However
+        many these are, it needs as many samples as a product needs rows.
         """
         entries = {value.name for value in self.study.source.proto.graph.input}
         worst = 0
         for view, moments in self.fit.items():
+            rows = moments.count / self.parts.fit.count  # of each sample
+            fewest = _FEWEST_ROWS / (rows if view.window is None else 1.0)
             seen = wanted = 0.0
             if view.value in entries:  # what is computed from them varies no more than they do
                 seen = degrees_of_freedom(moments.xx, _SURE)
                 wanted = float(np.count_nonzero(moments.spread > 0))
-            if moments.count < max(_FEWEST_ROWS, _ROWS_PER_DIRECTION * seen):
-                rows = max(_FEWEST_ROWS, _ROWS_PER_DIRECTION * wanted)
-                worst = max(worst, math.ceil(rows * self.parts.fit.count / moments.count / FIT))
+            if self.parts.fit.count < max(fewest, _ROWS_PER_DIRECTION * seen / rows):
+                needed = max(fewest, _ROWS_PER_DIRECTION * wanted / rows)
+                worst = max(worst, math.ceil(needed / FIT))
         if not worst:
             return None
         total = sum(

@@ -4,6 +4,7 @@ An entry's statistic is the spread of what it adds to its output, over the sprea
 
     s_ij = |w_ij| std(x_i) / std(y_j)
 
+That of an edge of a convolution is the spread of what its whole kernel adds, over that of the output.
 A unit that no entry over the level feeds, or that feeds none, is dead, and its death may leave others dead. Between the
 units that live all entries stay: a dense block stores them in any case.
 """
@@ -64,15 +65,16 @@ def decayed_units(context: CalibrationContext) -> Iterator[Family]:
 
 
 def _contribution(context: CalibrationContext, site: Site) -> NDArray[np.float64]:
-    """(K, N) the spread of what each entry adds to its output."""
-    sizes = np.abs(context.study.weight(site).astype(np.float64))
-    return np.asarray(sizes * context.read(site).spread[:, None])
+    """(inputs, N) the spread of what each edge adds to its output."""
+    found = context.read(site).each(context.study.weight(site), site.taps)
+    spread: NDArray[np.float64] = np.sqrt(found)
+    return spread
 
 
 def _live_masks(
     region: Region, supported: dict[str, NDArray[np.bool_]]
 ) -> dict[str, NDArray[np.bool_]]:
-    """Masks of a region whose units were removed in cascade; none where all of them live."""
+    """Masks of a region whose units were removed in cascade, by its supported edges; none where all of them live."""
     edges = [
         Edge(
             region.axis_of[site.input],
@@ -86,6 +88,6 @@ def _live_masks(
     if all(axis.all() for axis in live):
         return {}
     return {
-        site.name: np.outer(live[edge.source], live[edge.target])
+        site.name: site.entries(np.outer(live[edge.source], live[edge.target]))
         for site, edge in zip(region.sites, edges, strict=True)
     }

@@ -112,8 +112,11 @@ def _proposal(needs: Callable[[], _Needs | None], level: float, number: int) -> 
 def _between(context: CalibrationContext, region: Region) -> dict[int, bool]:
     """The axes between entries and exits, and whether each is a stream: values that are only ever added up.
 
-    None at all where one of them has constants of its own units that are no site's bias: a copy would need them too.
+    None at all between convolutions, and where one of them has constants of its own units that are no site's bias: a
+    copy would need them too.
     """
+    if region.unit_axis != -1:  # its sites do not read the same rows
+        return {}
     graph, constants = context.study.model.proto.graph, context.study.constants
     places = find_biases(graph, region.sites, constants)
     biases = {node for bias in places.values() for node in bias.nodes}

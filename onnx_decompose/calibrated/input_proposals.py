@@ -2,8 +2,8 @@
 
     fewer inputs   those that add least to what they are read for go, and hidden units with them: one level for both,
                    the share of the variance that may be lost. What an input adds in the mean goes into biases, and
-                   those that vary with it take over as far as they can.
-    pooled inputs  they are added up and get one row (``analysis.pooling``), or a few: for a wide first site.
+                   those that vary with it take over as far as they can. Those of a convolution are channels.
+    pooled inputs  they are added up and get one row (``analysis.pooling``), or a few: for a wide first product.
 
 Inputs are the model's own, as far as a region reads them as they are, or quantized. One that never varies on the
 part to fit on goes at any level.
@@ -62,10 +62,8 @@ class _EntryAxis:
         """The inputs, least first, and the share of each reader's variance that is lost with them, added up."""
         adds = np.zeros(self.size)
         for site in self.readers:
-            variance = np.maximum(np.diagonal(context.read(site).xx), 0.0)
-            wide = context.study.weight(site).astype(np.float64)
-            power = float(context.power(site).sum())
-            adds += variance * np.einsum("ij,ij->i", wide, wide) / max(power, 1e-300)
+            own = context.read(site).each(context.study.weight(site), site.taps)
+            adds += own.sum(axis=1) / max(float(context.power(site).sum()), 1e-300)
         order = np.argsort(adds, kind="stable")
         return Removal(order, np.cumsum(adds[order]))
 
@@ -76,9 +74,9 @@ def spare_inputs(context: CalibrationContext) -> Iterator[Family]:
     if axes:
         yield _fewer(context, axes)
     for axis in axes:
-        # Inputs of integers are not added up.
-        floats = axis.readers[0].quantized is None
-        if len(axis.readers) == 1 and axis.size >= _FEWEST and floats:
+        # Inputs of integers are not added up, nor are channels.
+        plain = axis.readers[0].quantized is None and not axis.readers[0].kernel
+        if len(axis.readers) == 1 and axis.size >= _FEWEST and plain:
             for rows in POOLS:
                 yield _pooled(context, axis.readers[0], rows)
 
@@ -116,12 +114,17 @@ def _fewer(context: CalibrationContext, axes: list[_EntryAxis]) -> Family:
         count = sum(units.size for units in gone)
         if not count and not context.turn:  # other turns have what the first one asks for
             return None  # what is left is a removal of hidden units alone
-        less = [order.within(LOSSES[number]) for order in orders()]
-        masks = without_units(dict(zip(hidden, less, strict=True)))
+        less = {
+            axis: axis.within(order, LOSSES[number])
+            for axis, order in zip(hidden, orders(), strict=True)
+        }
+        masks = without_units(less)
         for axis, units in zip(axes, gone, strict=True):
             for site in axis.readers:
-                masks.setdefault(site.name, np.ones(site.shape, dtype=bool))[units] = False
-        hidden_count = sum(units.size for units in less)
+                masks.setdefault(site.name, np.ones(site.shape, dtype=bool))[
+                    site.rows(units)
+                ] = False
+        hidden_count = sum(units.size for units in less.values())
         return Proposal(
             f"remove({count} of {total[0]} inputs, {hidden_count} of {total[1]} hidden units)",
             masks,

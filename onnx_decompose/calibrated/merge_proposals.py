@@ -1,7 +1,7 @@
 """Proposals from outputs that data hardly tells apart: one column for a group of them, a constant for each.
 
 Sites with many outputs, such as a language model's vocabulary or a classifier's labels; hidden units are for
-``removal_proposals``. How far each goes is set by one
+``removal_proposals``, and so are channels of convolutions. How far each goes is set by one
 level for all of them: the share of the outputs' spread that merging may lose, as the covariance predicts it.
 
 Where outputs are the model's own, they may be the scores of a softmax. To second order the divergence of two softmaxes
@@ -63,7 +63,9 @@ def merged_outputs(context: CalibrationContext) -> Iterator[Family]:
         for site in context.sites
         if site.shape[1] >= max(_FEWEST_OUTPUTS, site.shape[0] + 1)
         and site.name not in hidden
-        and site.quantized is None  # equal columns of integers are not computed once
+        # Equal columns of integers and equal channels are not computed once.
+        and site.quantized is None
+        and not site.kernel
     ]
     scores = [site for site in sites if _is_output(context, site)]
     for name, merged, weigh in (("merge", sites, _alike), ("merge by use", scores, _by_use)):

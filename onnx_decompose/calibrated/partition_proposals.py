@@ -6,7 +6,8 @@ far as the other inputs tell:
     e_ij = w_ij^2 own_i / var(y_j)      own_i = 1 / (C^-1)_ii, the variance of x_i that no other input explains
 
 (C is the covariance with a ridge, as all the other inputs will not be there.) With var(x_i) in the place of own_i,
-inputs that say the same thing would be put into one group, and the others left without.
+inputs that say the same thing would be put into one group, and the others left without. The energy of an edge of a
+convolution is that of its kernel, with blocks of taps in the place of numbers.
 
 ``analysis.partition`` puts the units of a region into G groups of equal size: all regions into as many groups each, and
 then, where there are several, only those whose predicted loss is inside a level, into the most groups that are. The
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.linalg
 
+from onnx_decompose.analysis.gram import diagonal_blocks
 from onnx_decompose.analysis.partition import Energy, partition
 from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.proposals import Proposal
@@ -123,7 +125,7 @@ def cut_region(context: CalibrationContext, region: Region, groups: int) -> Cut:
     worst = 0.0
     for site, edge in zip(region.sites, edges, strict=True):
         source, target = found.labels[edge.source], found.labels[edge.target]
-        masks[site.name] = source[:, None] == target
+        masks[site.name] = site.entries(source[:, None] == target)
         worst = max(worst, _loss(context, site, source, target))
     return Cut(groups, found.labels, masks, found.kept, worst)
 
@@ -136,9 +138,9 @@ def _removed_at_most(region: Region) -> int:
         return entries_of(region.sites)
     kept = 0
     for site in region.sites:
-        inputs, outputs = site.shape
+        inputs, outputs = site.units
         source, target = (fewest[region.axis_of[name]] for name in (site.input, site.output))
-        kept += max(source * outputs, inputs * target)
+        kept += max(source * outputs, inputs * target) * site.taps
     return entries_of(region.sites) - kept
 
 
@@ -150,21 +152,26 @@ def _proposal(name: str, cuts: Sequence[Cut]) -> Proposal:
 
 
 def _energy(context: CalibrationContext, site: Site) -> NDArray[np.float64]:
-    """(K, N) share of each output's variance that goes with each entry."""
-    squares = context.study.weight(site).astype(np.float64) ** 2
-    squares *= _own_variance(context.read(site).xx)[:, None]
+    """(inputs, N) share of each output's variance that goes with each edge."""
+    weight = context.study.weight(site).astype(np.float64)
+    own = _own_covariance(context.read(site).xx, site.taps)
+    blocks = weight.reshape(-1, site.taps, weight.shape[1])
+    lost = np.maximum(((own @ blocks) * blocks).sum(axis=1), 0.0)
     power = context.power(site)
-    return np.divide(squares, power, out=np.zeros_like(squares), where=power > 0)
+    shares: NDArray[np.float64] = np.divide(
+        lost, power, out=np.zeros_like(lost), where=power > 0
+    )
+    return shares
 
 
-def _own_variance(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(K,) what the other inputs leave of the variance of each."""
+def _own_covariance(covariance: NDArray[np.float64], taps: int = 1) -> NDArray[np.float64]:
+    """(inputs, taps, taps) what the other inputs leave of the covariance of the rows of each."""
     ridge = _OWN_RIDGE * float(np.diagonal(covariance).mean())
     if ridge <= 0:
-        return np.zeros(covariance.shape[0])
+        return np.zeros((covariance.shape[0] // taps, taps, taps))
     inverse = scipy.linalg.inv(covariance + ridge * np.eye(covariance.shape[0]))
-    own: NDArray[np.float64] = np.maximum(1 / np.diagonal(inverse) - ridge, 0.0)
-    return own
+    own = np.linalg.inv(diagonal_blocks(inverse, taps)) - ridge * np.eye(taps)
+    return own.astype(np.float64)
 
 
 def _loss(context: CalibrationContext, site: Site, source: IntArray, target: IntArray) -> float:
@@ -173,7 +180,8 @@ def _loss(context: CalibrationContext, site: Site, source: IntArray, target: Int
     varies = moments.yy > 0
     missing = np.where(varies, moments.yy, 0.0)
     for group in np.unique(target):
-        rows, outputs = np.flatnonzero(source == group), np.flatnonzero(target == group)
+        rows = site.rows(np.flatnonzero(source == group))
+        outputs = np.flatnonzero(target == group)
         if not rows.size:
             continue
         gram = moments.xx[np.ix_(rows, rows)]

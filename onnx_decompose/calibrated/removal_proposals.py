@@ -1,5 +1,7 @@
 """Proposals from hidden units that the rest can stand in for: those go, the sites that read them are refitted.
 
+The units of convolutions are channels: with one of them go all of its taps.
+
 One level for all sets of hidden units: the share of the variance that their readers may lose, as the covariance
 predicts it.
 """
@@ -25,10 +27,18 @@ if TYPE_CHECKING:
     from onnx_decompose.graph.regions import Region
     from onnx_decompose.graph.sites import Site
 
-__all__ = ["HiddenAxis", "hidden_axes", "readers_of", "removed_units", "without_units"]
+__all__ = ["LANES", "HiddenAxis", "hidden_axes", "readers_of", "removed_units", "without_units"]
 
 LEVELS = tuple(10.0 ** (k / 4) for k in range(-56, 0))
 """Shares of the variance: the root is about the relative error that a layer makes, from 1e-7 on."""
+
+
+LANES = 8
+"""Channels of a convolution that a runtime computes together: fewer of the last ones take as long.
+
+onnxruntime on CPU works on 8 or 16 at a time, and falls back to a slower kernel where a number of inputs is no multiple
+of 4 (``mlas``, NCHWc).
+"""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +57,14 @@ class HiddenAxis:
     makers: tuple[Site, ...]
     readers: tuple[Site, ...]
 
+    def within(self, removal: Removal, loss: float) -> NDArray[np.intp]:
+        """The units that go if ``loss`` of the variance may be lost; of channels whole ``LANES`` stay."""
+        gone = removal.within(loss)
+        if not any(site.kernel for site in self.readers):
+            return gone
+        kept = -(-(self.size - gone.size) // LANES) * LANES
+        return gone[: max(self.size - kept, 0)]
+
 
 def removed_units(context: CalibrationContext) -> Iterator[Family]:
     """One proposal per level."""
@@ -58,7 +76,7 @@ def removed_units(context: CalibrationContext) -> Iterator[Family]:
         return [(axis, removal_order(readers_of(context, axis))) for axis in axes]
 
     def at(number: int) -> Proposal | None:
-        gone = {axis: order.within(LEVELS[-1 - number]) for axis, order in orders()}
+        gone = {axis: axis.within(order, LEVELS[-1 - number]) for axis, order in orders()}
         count = sum(units.size for units in gone.values())
         name = f"remove({count} of {total} hidden units)"
         return Proposal(name, without_units(gone)) if count else None
@@ -85,7 +103,9 @@ def hidden_axes(context: CalibrationContext, region: Region) -> Iterator[HiddenA
 def readers_of(context: CalibrationContext, axis: HiddenAxis) -> list[Reader]:
     """What the sites that read ``axis`` see of it, on the part to fit on."""
     return [
-        Reader(moments.xx, context.study.weight(site).astype(np.float64), moments.count)
+        Reader(
+            moments.xx, context.study.weight(site).astype(np.float64), moments.count, site.taps
+        )
         for site in axis.readers
         for moments in (context.read(site),)
     ]
@@ -102,5 +122,5 @@ def without_units(
             mask[:, units] = False
         for site in axis.readers:
             mask = masks.setdefault(site.name, np.ones(site.shape, dtype=bool))
-            mask[units] = False
+            mask[site.rows(units)] = False
     return masks

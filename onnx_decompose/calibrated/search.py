@@ -38,7 +38,7 @@ from onnx_decompose.calibrated.partition_proposals import partitioned_regions
 from onnx_decompose.calibrated.parts import rotated_samples, split_samples
 from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.removal_proposals import removed_units
-from onnx_decompose.calibrated.site_statistics import HELD_BYTES
+from onnx_decompose.calibrated.site_statistics import HELD_BYTES, in_batches
 from onnx_decompose.calibrated.support_proposals import supported_groups
 from onnx_decompose.calibrated.trials import Trials
 from onnx_decompose.decomposition.decompose import annealed_model, attempt
@@ -143,7 +143,7 @@ def context_for(
     metric: Metric | None = None,
 ) -> CalibrationContext:
     """The samples split, and what generators may look at."""
-    return CalibrationContext(
+    context = CalibrationContext(
         study,
         split_samples(samples, options.seed),
         provider,
@@ -151,6 +151,9 @@ def context_for(
         options.compensation,
         metric=metric,
     )
+    read = list(dict.fromkeys(site.input for site in context.sites))
+    sized = in_batches(study.source, read, samples, provider)
+    return dataclasses.replace(context, parts=split_samples(sized, options.seed))
 
 
 def _contexts(
@@ -164,7 +167,8 @@ def _contexts(
     moments = sum(8 * units**2 for units in read.values())
     if context.parts.choose.count >= _MANY or moments > _MOST_MOMENTS:
         return [context]
-    turns = rotated_samples(samples, options.seed)
+    sized = dataclasses.replace(samples, at_a_time=context.parts.fit.at_a_time)
+    turns = rotated_samples(sized, options.seed)
     return [
         dataclasses.replace(
             context, parts=parts, turn=turn, held_bytes=HELD_BYTES // len(turns)

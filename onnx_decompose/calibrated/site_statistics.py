@@ -8,6 +8,7 @@ take more runs.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from onnx_decompose.runtime.sessions import Provider
 
 __all__ = [
+    "BATCH_BYTES",
     "HELD_BYTES",
     "MOMENT_BYTES",
     "Held",
     "InputMoments",
+    "in_batches",
     "input_moments",
     "moment_bytes",
     "observe",
@@ -43,6 +46,9 @@ HELD_BYTES = 1 << 29
 
 MOMENT_BYTES = 1 << 31
 """Of second moments on one set of samples; a site that reads over 16,384 units has more of its own."""
+
+BATCH_BYTES = 1 << 29
+"""Of the values that all sites read, on the samples that are run at a time."""
 
 
 class Held:
@@ -189,14 +195,31 @@ def moment_bytes(units: int) -> int:
 def input_moments(
     model: Model, views: Sequence[View], samples: Samples, provider: Provider, seed: int
 ) -> dict[View, Moments]:
-    """Moments of each view with itself; ``seed`` as of ``Rows``."""
+    """Moments of each view with itself; ``seed`` as of ``Rows``, and their count is what rows are worth by it."""
     adding = {view: (Rows(view, samples.count, seed), MomentAccumulator()) for view in views}
     values = list(dict.fromkeys(name for view in views for name in view.values))
     for found in observe(model, values, samples, provider):
         for rows, accumulator in adding.values():
             for (x,) in rows.each(found):
                 accumulator.update(x)
-    return {view: accumulator.result() for view, (_, accumulator) in adding.items()}
+    return {
+        view: dataclasses.replace(accumulator.result(), count=float(rows.worth))
+        for view, (rows, accumulator) in adding.items()
+    }
+
+
+def in_batches(
+    model: Model, values: Sequence[str], samples: Samples, provider: Provider
+) -> Samples:
+    """The samples, to be run as many at a time as leaves the named values of ``model`` within ``BATCH_BYTES``."""
+    first = samples.take(np.arange(1))
+    each = sum(
+        array.nbytes
+        for found in observe(model, values, first, provider)
+        for array in found.values()
+    )
+    most = max(BATCH_BYTES // max(each, 1), 1)
+    return dataclasses.replace(samples, at_a_time=min(most, SAMPLES_AT_A_TIME))
 
 
 def _exposed(model: Model, values: Sequence[str], known: Mapping[str, NDArray[Any]]) -> Model:

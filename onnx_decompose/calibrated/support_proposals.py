@@ -54,7 +54,8 @@ def supported_groups(context: CalibrationContext) -> Iterator[Family]:
     """One family per region and level of association; a level of it is what each group may lose."""
     names = {site.name for site in context.sites}
     for region in context.study.regions:
-        if {site.name for site in region.sites} <= names and region.entries:
+        rows = region.unit_axis == -1  # the same ones from the inputs on, and no positions
+        if rows and {site.name for site in region.sites} <= names and region.entries:
             survey = functools.cache(functools.partial(survey_inputs, context, region))
             for level in LEVELS:
                 places = functools.cache(functools.partial(_places, context, survey, level))

@@ -3,10 +3,10 @@
 Sites with the same view multiply the same rows, whatever their weights are: moments, stages of a refit and everything
 else that is known of what sites read goes by view.
 
-Patches are made batch by batch. A value may have many positions, and neighbouring ones say nearly the same, so that at
-most so many are drawn of each sample, at random and without repetition: ``POSITIONS``, or more where samples are few,
-up to ``ROWS`` in all. Whoever begins with the same seed draws the same, so that the original and the model as annealed
-so far are seen at the same positions.
+Patches are made batch by batch. A value may have many positions, and neighbouring ones say nearly the same, so that no
+more are drawn than there is use for, as many of each sample, at random and without repetition: ``ROWS`` in all, or
+``ROWS_PER_ENTRY`` for each entry of a patch. Whoever begins with the same seed draws the same, so that the original and
+the model as annealed so far are seen at the same positions.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.model.constants import Constants
 
-__all__ = ["POSITIONS", "ROWS", "Rows", "View", "view_of"]
+__all__ = ["ROWS", "ROWS_PER_ENTRY", "Rows", "View", "view_of"]
 
-POSITIONS = 64
-"""Of each sample, where there are many samples."""
+ROWS = 1 << 14
+"""Positions of all samples together, and one of each sample in any case."""
 
-ROWS = 1 << 15
-"""Of all samples together, where they are few."""
+ROWS_PER_ENTRY = 4
+"""Where patches are large."""
 
 _ENTRIES_AT_A_TIME = 1 << 23
 
@@ -123,39 +123,47 @@ class Rows:
         view: whose rows.
         samples: how many there are in all.
         seed: of the positions that are drawn.
+
+    Attributes:
+        worth: rows so far; of a window, the patches of one sample count only as far as windows fit in side by side.
     """
 
     def __init__(self, view: View, samples: int, seed: int) -> None:
         self._view, self._window = view, view.window
-        self._most = max(POSITIONS, ROWS // max(samples, 1))
+        self._samples = max(samples, 1)
         self._rng = np.random.default_rng(seed)
+        self.worth = 0
 
     def each(self, *found: Mapping[str, NDArray[Any]]) -> Iterator[tuple[NDArray[Any], ...]]:
         """The same rows, (rows, K), of each of ``found``: one batch of the view's values by name, of several models.
 
-        Of a window, a number of whole samples at a time.
+        Of a window, those of some samples at a time.
         """
         if self._window is None:
-            yield tuple(self._view.rows(each) for each in found)
+            rows = tuple(self._view.rows(each) for each in found)
+            self.worth += len(rows[0])
+            yield rows
             return
         values = [self._view.array(each) for each in found]
         count, channels, *sizes = values[0].shape
         total = math.prod(self._window.positions(sizes))
-        chosen = self._drawn(count, total)
-        width = channels * self._window.taps * max(chosen.shape[1], 1)
-        step = max(_ENTRIES_AT_A_TIME // width, 1)
+        entries = channels * self._window.taps
+        most = max(max(ROWS, ROWS_PER_ENTRY * entries) // self._samples, 1)
+        chosen = self._drawn(count, total, most)
+        self.worth += count * min(chosen.shape[1], self._window.apart(sizes))
+        step = max(_ENTRIES_AT_A_TIME // max(entries * chosen.shape[1], 1), 1)
         for start in range(0, count, step):
-            rows = chosen[start : start + step].ravel() - start * total
+            places = (chosen[start : start + step] - start * total).ravel()
             part = slice(start, start + step)
-            yield tuple(self._window.patches(value[part], rows) for value in values)
+            yield tuple(self._window.patches(value[part], places) for value in values)
 
-    def _drawn(self, count: int, total: int) -> NDArray[np.intp]:
+    def _drawn(self, count: int, total: int, most: int) -> NDArray[np.intp]:
         """(count, drawn) positions of each sample of a batch, numbered through all samples."""
         offsets = np.arange(count)[:, None] * total
-        if total <= self._most:
+        if total <= most:
             return offsets + np.arange(total)
         draws = [
-            np.sort(self._rng.choice(total, self._most, replace=False, shuffle=False))
+            np.sort(self._rng.choice(total, most, replace=False, shuffle=False))
             for _ in range(count)
         ]
         return offsets + np.array(draws)

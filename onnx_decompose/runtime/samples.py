@@ -50,6 +50,7 @@ class Samples:
         whole: model inputs that go with every batch as they are.
         extras: arrays that are not model inputs, cut like ``rows``.
         extras_whole: the same, not cut (a scalar, or where there is one sample only).
+        at_a_time: samples that are run together at most, whoever asks for more.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Samples:
     whole: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     extras: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
     extras_whole: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    at_a_time: int | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -69,7 +71,7 @@ class Samples:
 
         A model with a fixed batch size gets one sample at a time whatever ``size`` is.
         """
-        step = size if self.batchable else 1
+        step = min(size, self.at_a_time or size) if self.batchable else 1
         for start in range(0, self.count, step):
             part = slice(start, min(start + step, self.count))
             feeds = {name: self._part(array, part) for name, array in self.rows.items()}

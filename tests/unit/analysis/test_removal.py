@@ -109,3 +109,60 @@ def test_the_loss_is_that_of_a_refit_where_units_nearly_repeat_each_other(decay:
         assert removal.lost[count - 1] == pytest.approx(
             _left(covariance, reader.weight, kept) / power, rel=1e-2, abs=1e-8
         )
+
+
+def _patches(rng: np.random.Generator, units: int, taps: int, outputs: int) -> Reader:
+    rows = units * taps
+    samples = rng.normal(size=(4 * rows, rows)) @ rng.normal(size=(rows, rows))
+    weight = rng.normal(size=(rows, outputs))
+    return Reader(np.cov(samples.T, bias=True), weight, taps=taps)
+
+
+def _rows(units: np.ndarray, taps: int) -> np.ndarray:
+    return (units[:, None] * taps + np.arange(taps)).ravel()
+
+
+def test_rows_of_a_unit_go_together() -> None:
+    """Readers with another number of taps each, as of a 3x3 and a 1x1 convolution that read the same channels."""
+    rng = np.random.default_rng(6)
+    readers = [_patches(rng, 10, 9, 4), _patches(rng, 10, 1, 30), _patches(rng, 10, 4, 6)]
+    removal = removal_order(readers)
+    power = sum(np.einsum("ij,ij->", r.weight, r.covariance @ r.weight) for r in readers)
+    kept = np.arange(10)
+    for unit, lost in zip(removal.order, removal.lost, strict=True):
+        losses = {
+            other: sum(
+                _left(r.covariance, r.weight, _rows(kept[kept != other], r.taps))
+                for r in readers
+            )
+            for other in kept
+        }
+        assert losses[unit] == pytest.approx(min(losses.values()), rel=1e-6)
+        assert lost == pytest.approx(losses[unit] / power, rel=1e-5)
+        kept = kept[kept != unit]
+    assert removal.order.size > 4
+
+
+def test_blocks_of_units_are_brought_up_to_date() -> None:
+    rng = np.random.default_rng(7)
+    reader = _patches(rng, 90, 3, 5)
+    repeated = rng.permutation(90)[:80]
+    others = rng.integers(0, 10, 80)
+    basis = np.setdiff1d(np.arange(90), repeated)
+    source, target = _rows(basis[others], 3), _rows(repeated, 3)
+    turn = np.eye(270)
+    turn[target] = turn[source]
+    covariance = turn @ reader.covariance @ turn.T
+    removal = removal_order([Reader(covariance, reader.weight, taps=3)])
+    assert removal.within(1e-6).size == 80
+
+
+def test_a_channel_that_the_others_say_goes_for_nothing() -> None:
+    """Each tap of it is another channel's, and what it adds in all is large."""
+    rng = np.random.default_rng(8)
+    samples = rng.normal(size=(4000, 6, 3))
+    samples[:, 4] = samples[:, 2] - 2 * samples[:, 0]
+    covariance = np.cov(samples.reshape(4000, 18).T, bias=True)
+    removal = removal_order([Reader(covariance, rng.normal(size=(18, 4)), taps=3)])
+    assert removal.within(1e-7).size == 1
+    assert removal.order[0] in {0, 2, 4}

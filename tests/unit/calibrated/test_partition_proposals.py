@@ -12,7 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_decompose.calibrated.partition_proposals import (
-    _own_variance,
+    _own_covariance,
     cut_region,
     partitioned_regions,
 )
@@ -104,7 +104,7 @@ def test_the_predicted_loss_is_what_a_refit_misses(rng: np.random.Generator) -> 
 def test_what_other_inputs_tell_holds_no_group_together(rng: np.random.Generator) -> None:
     samples = rng.normal(size=(4000, 6)) * [1, 1, 1, 1, 2, 0]
     samples[:, 1] = samples[:, 0]
-    own = _own_variance(np.cov(samples.T, bias=True))
+    own = _own_covariance(np.cov(samples.T, bias=True))[:, 0, 0]
     assert own[:2] == pytest.approx(0.1, abs=0.03)  # as much as the ridge doubts it
     assert own[2:4] == pytest.approx(1, abs=0.1)
     assert own[4] == pytest.approx(4, abs=0.3)

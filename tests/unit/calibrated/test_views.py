@@ -44,8 +44,7 @@ def test_rows_of_a_product_are_the_values_own(rng: np.random.Generator) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "POSITIONS", 6)
-    monkeypatch.setattr(views, "ROWS", 6)
+    monkeypatch.setattr(views, "ROWS", 6 * 10)
 
 
 def test_all_positions_where_they_are_few(rng: np.random.Generator) -> None:
@@ -71,8 +70,6 @@ def test_as_many_positions_of_each_sample_and_the_same_for_every_model(
     assert np.bincount(first.astype(int) // 100).tolist() == [6] * 5
     assert len(set(first)) == first.size
     again = Rows(view, 10, 3)
-    np.testing.assert_array_equal(
-        np.concatenate([r for (r,) in again.each({"x": x})])[:, 0], first
-    )
-    later = np.concatenate([r for (r,) in again.each({"x": x})])[:, 0]
-    assert not np.array_equal(later, first)  # another batch, other positions
+    found = [np.concatenate([rows for (rows,) in again.each({"x": x})])[:, 0] for _ in range(2)]
+    np.testing.assert_array_equal(found[0], first)
+    assert not np.array_equal(found[1], first)  # another batch, other positions
