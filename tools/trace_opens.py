@@ -22,8 +22,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from tests.e2e.inner_graphs import branch
 from tests.e2e.planted import Recipe, plant, save
-from tests.e2e.test_inner_graphs import branch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
 from onnx_decompose.analysis.refit import Compensation, degrees_of_freedom
 from onnx_decompose.calibrated.neighbours import with_neighbours
@@ -18,32 +19,37 @@ from onnx_decompose.calibrated.site_statistics import (
     Held,
     InputMoments,
     moment_bytes,
+    observe,
 )
 from onnx_decompose.calibrated.views import View, view_of
 from onnx_decompose.graph.biases import find_biases
+from onnx_decompose.graph.exposing import Inside, Shown
 from onnx_decompose.model.shapes import opset_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any
 
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.gram import Moments
     from onnx_decompose.calibrated.parts import Parts
     from onnx_decompose.graph.biases import Bias
+    from onnx_decompose.graph.flat import Flat
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.runtime.sessions import Provider
     from onnx_decompose.verification.metrics import Metric
 
-__all__ = ["CalibrationContext"]
+__all__ = ["FEWEST_ROWS", "CalibrationContext"]
 
 _SURE = 1e-3
 """Ridge that tells the directions that vary from those that hardly do."""
 
 _ROWS_PER_DIRECTION = 2.0
-_FEWEST_ROWS = 32
+FEWEST_ROWS = 32
+"""Of what a site reads, on the part to fit on."""
 _ADD_BROADCASTS_FROM = 7
 
 
@@ -63,6 +69,7 @@ class CalibrationContext:
         held_bytes: of a model's values on one set of samples.
         moment_bytes: of second moments on one set of samples; a site with more of its own is left as it is.
         turn: whose turn it is to choose on, where samples take turns; the model of turn 0 is what is kept.
+        unseen: sites inside bodies that the samples show nothing of, by name, and why.
     """
 
     study: Study
@@ -76,6 +83,7 @@ class CalibrationContext:
     held_bytes: int = HELD_BYTES
     moment_bytes: int = MOMENT_BYTES
     turn: int = 0
+    unseen: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def rng(self) -> np.random.Generator:
@@ -84,17 +92,29 @@ class CalibrationContext:
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites whose weight and bias can be refitted: what they read can be seen from the main graph."""
+        """The sites whose weight and bias can be refitted: products whose rows can be seen from outside."""
+        return tuple(site for site in self._products if site.name not in self.left)
+
+    @functools.cached_property
+    def left(self) -> Mapping[str, str]:
+        """Sites inside bodies that are left as they are, by name, and why."""
+        found = dict(self.unseen)
+        for site in self._products:
+            reason = self.inside.refusal(site.input)
+            if self.inside.path(site.input) and self.view(site).codes is not None:
+                reason = "it multiplies integers inside a body"
+            if reason is not None:
+                found[site.name] = reason
+        return found
+
+    @functools.cached_property
+    def _products(self) -> tuple[Site, ...]:
         study = self.study
-        graph = study.source.proto.graph
-        seen = {value.name for value in graph.input}
-        seen.update(name for node in graph.node for name in node.output)
         broadcasts = opset_of(study.model.proto) >= _ADD_BROADCASTS_FROM
         return tuple(
             site
             for site in study.sites
             if site.name in self._views
-            and {*self.view(site).values, site.output} <= seen
             and moment_bytes(site.shape[0]) <= self.moment_bytes
             and (
                 broadcasts
@@ -131,6 +151,43 @@ class CalibrationContext:
         return next((view for view in views if view.window is None), View(name))
 
     @functools.cached_property
+    def inside(self) -> Inside:
+        """Which values are in bodies."""
+        return Inside(self.study.flat)
+
+    @functools.cached_property
+    def shown(self) -> Mapping[str, Shown]:
+        """What values inside bodies come out as."""
+        study, found = self.study, dict[str, Shown]()
+        for region in study.regions:
+            first = region.sites[0]
+            kind: int = onnx.TensorProto.FLOAT
+            if first.quantized is None:
+                kind = study.constants[first.weight].data_type
+            for name, axis in region.axis_of.items():
+                if self.inside.path(name):
+                    positions = (0,) * (-1 - region.unit_axis)
+                    found[name] = Shown((0, region.axis_sizes[axis], *positions), kind)
+        choices = {choice for name in found for choice in self.inside.choices(name)}
+        inner = {choice for choice in choices if self.inside.path(choice)}
+        return found | dict.fromkeys(inner, Shown((0,), onnx.TensorProto.BOOL))
+
+    def observe(
+        self,
+        values: Sequence[str],
+        samples: Samples,
+        held: Held | None = None,
+        flat: Flat | None = None,
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """Values of the flat graph batch by batch, of another version of the model where one is given.
+
+        Raises:
+            ModelError: it does not run.
+        """
+        model = self.study.flat if flat is None else flat
+        return observe(model, values, samples, self.provider, held, self.shown)
+
+    @functools.cached_property
     def fit(self) -> Mapping[View, Moments]:
         """Moments of what the original's sites read, by view, on the part to fit on."""
         return self._moments(self.parts.fit)
@@ -161,9 +218,7 @@ class CalibrationContext:
 
     def _moments(self, samples: Samples) -> Mapping[View, Moments]:
         sizes = {self.view(site): site.shape[0] for site in self.sites}
-        return InputMoments(
-            self.study.source, sizes, samples, self.provider, self.seed, self.moment_bytes
-        )
+        return InputMoments(self.observe, sizes, samples, self.seed, self.moment_bytes)
 
     def read(self, site: Site) -> Moments:
         """Moments of what the original's site reads, on the part to fit on."""
@@ -185,8 +240,8 @@ class CalibrationContext:
         entries = {value.name for value in self.study.source.proto.graph.input}
         worst = 0
         for view, moments in self.fit.items():
-            rows = moments.count / self.parts.fit.count  # of each sample
-            fewest = _FEWEST_ROWS / (rows if view.window is None else 1.0)
+            rows = max(moments.count, 1.0) / self.parts.fit.count  # of each sample
+            fewest = FEWEST_ROWS / (rows if view.window is None else 1.0)
             seen = wanted = 0.0
             if view.value in entries:  # what is computed from them varies no more than they do
                 seen = degrees_of_freedom(moments.xx, _SURE)

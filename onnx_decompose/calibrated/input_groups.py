@@ -22,7 +22,7 @@ from onnx_decompose.analysis.support import (
     where_it_varies,
 )
 from onnx_decompose.calibrated.needed_outputs import needed_outputs
-from onnx_decompose.calibrated.site_statistics import moment_bytes, observe
+from onnx_decompose.calibrated.site_statistics import moment_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -117,8 +117,7 @@ class InputGroups:
             name: SpreadAccumulator(region.axis_sizes[region.axis_of[name]], self.count)
             for name in values
         }
-        source, provider = context.study.source, context.provider
-        for found in observe(source, asked, context.parts.fit, provider):
+        for found in context.observe(asked, context.parts.fit):
             share = self.shares(found)
             for name, accumulator in adding.items():
                 accumulator.update(found[name], share)
@@ -150,8 +149,8 @@ class InputGroups:
         views = {name: context.view_of_value(name) for name in self.between}
         read = (name for view in views.values() for name in view.values)
         asked = list(dict.fromkeys((*self.survey.values, *read)))
-        source, samples, provider = context.study.source, context.fitting, context.provider
-        for found in observe(source, asked, samples, provider, context.held[samples]):
+        samples = context.fitting
+        for found in context.observe(asked, samples, context.held[samples]):
             shares = self.shares(found)
             for group, own in enumerate(adding):
                 counts = np.flatnonzero(shares[:, group] > 0)
@@ -246,7 +245,7 @@ def _entries(
 ) -> Iterator[NDArray[Any] | None]:
     """The entries' units of every batch, (rows, K) for all of them together."""
     asked = list(dict.fromkeys(name for view in views for name in view.values))
-    for values in observe(context.study.source, asked, context.parts.fit, context.provider):
+    for values in context.observe(asked, context.parts.fit):
         yield _side_by_side(views, values)
 
 

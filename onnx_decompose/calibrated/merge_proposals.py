@@ -28,7 +28,6 @@ from onnx_decompose.analysis.refit import Groups
 from onnx_decompose.calibrated.families import Family
 from onnx_decompose.calibrated.proposals import Proposal
 from onnx_decompose.calibrated.removal_proposals import hidden_axes
-from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.graph.biases import find_biases
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def softmax_usage(context: CalibrationContext, site: Site) -> FloatArray:
     bias = find_biases(study.model.proto.graph, [site], study.constants)[site.name]
     constant = bias.stored(0.0)
     total, rows = np.zeros(site.shape[1]), 0
-    for found in observe(study.source, [site.input], context.parts.fit, context.provider):
+    for found in context.observe([site.input], context.parts.fit):
         values = found[site.input].reshape(-1, site.shape[0]).astype(np.float32)
         rows += values.shape[0]
         for start in range(0, values.shape[0], _ROWS_AT_A_TIME):

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_decompose.calibrated.site_statistics import observe
 from onnx_decompose.errors import DataError
 from onnx_decompose.graph.per_unit import is_elementwise
 from onnx_decompose.graph.regions import value_readers
@@ -64,14 +63,14 @@ def needed_outputs(
     output = _shown(context.study, made)
     if metric is None or output is None:
         return None
-    fit, provider = context.parts.fit, context.provider
+    fit = context.parts.fit
     names = [value.name for value in source.proto.graph.output]
     batches = fit.batches(SAMPLES_AT_A_TIME)
     asked = list(dict.fromkeys((*names, *entries)))
     shared: list[FloatArray] = []
     given: list[Feeds] = []
     found: list[Feeds] = []
-    observed = observe(source, asked, fit, provider)
+    observed = context.observe(asked, fit)
     for (feeds, extras), seen in zip(batches, observed, strict=True):
         shared.append(shares(seen))
         given.append({**feeds, **extras})

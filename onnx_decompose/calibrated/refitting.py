@@ -1,7 +1,8 @@
 """The refit: of a proposal an annealed dense model, made up for by what is left.
 
 It goes through the model from the front (as in optimal brain surgery, layer by layer): what a site reads is taken from
-the model as annealed so far, what it should make from the original.
+the model as annealed so far, what it should make from the original. Inside the bodies of Loop and Scan both are taken
+from the original: there a refit also changes what its own site, and those before it, read in later iterations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.grid import round_refit
 from onnx_decompose.analysis.refit import RefitWeight, refit_weight
-from onnx_decompose.calibrated.site_statistics import Held, observe
+from onnx_decompose.calibrated.site_statistics import Held
 from onnx_decompose.calibrated.views import Rows
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.graph.biases import find_biases
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.proposals import Proposal
     from onnx_decompose.calibrated.views import View
+    from onnx_decompose.graph.flat import Flat
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
     from onnx_decompose.model.model_io import Model
@@ -47,18 +49,27 @@ def refitted(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit
         if site.name in proposal.masks:
             stages.setdefault(context.view(site), []).append(site)
     refits: dict[str, Refit] = {}
-    current = context.study.source
+    current = context.study.flat
     # What a stage reads is final: later refits are of sites behind it.
     held = {samples: Held(context.held_bytes) for samples in context.held}
     for view, sites in stages.items():
-        refits |= _Stage(context, proposal, view, sites, held).refit(current)
+        # What an iteration reads hangs on all that earlier ones made: of a loop that is half annealed it tells nothing.
+        iterated = context.inside.is_iterated(view.value)
+        refits |= _Stage(context, proposal, view, sites, held).refit(
+            context.study.flat if iterated else current
+        )
         if context.sequential:
-            current = annealed_by(context.study, refits)
+            current = _annealed(context.study, refits)
     return refits
 
 
 def annealed_by(study: Study, refits: Mapping[str, Refit]) -> Model:
     """The original graph with refitted weights and biases in it."""
+    return restore(study.flat, _annealed(study, refits).model)
+
+
+def _annealed(study: Study, refits: Mapping[str, Refit]) -> Flat:
+    """The same, opened."""
     sites = [site for site in study.sites if site.name in refits]
     places = find_biases(study.model.proto.graph, sites, study.constants)
     weights = {site: refits[site.name].stored for site in sites}
@@ -67,7 +78,8 @@ def annealed_by(study: Study, refits: Mapping[str, Refit]) -> Model:
         for site in sites
         if not places[site.name].is_missing
     }
-    return restore(study.flat, ReplaceWeights(weights, biases)(study.model).model)
+    changed = ReplaceWeights(weights, biases)(study.model).model
+    return dataclasses.replace(study.flat, model=changed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +107,7 @@ class _Stage:
     sites: Sequence[Site]
     held: Mapping[Samples, Held]
 
-    def refit(self, current: Model) -> dict[str, Refit]:
+    def refit(self, current: Flat) -> dict[str, Refit]:
         """New weights, where ``current`` is the model as annealed before this value."""
         starts = {site.name: self._start(site) for site in self.sites}
         masks = {site.name: self._mask(site) for site in self.sites}
@@ -269,7 +281,7 @@ class _Stage:
             if any(own.size for own in columns.values()):
                 yield _Job(np.flatnonzero(np.any(used, axis=0)), columns, group)
 
-    def _moments(self, jobs: Sequence[_Job], current: Model, samples: Samples) -> list[Moments]:
+    def _moments(self, jobs: Sequence[_Job], current: Flat, samples: Samples) -> list[Moments]:
         """Of each job: what its inputs are now, and what its outputs should be."""
         study, focus = self.context.study, self.proposal.focus
         wide = {
@@ -288,19 +300,19 @@ class _Stage:
             for job, accumulator in zip(jobs, adding, strict=True):
                 weight = np.ones(len(z)) if job.group is None else shares[:, job.group]
                 counts = weight > 0
-                counts[0] |= not counts.any()
+                counts[:1] |= not counts.any()
                 y = z[counts] @ self._columns(wide, job)
                 accumulator.update(x[np.ix_(counts, job.rows)], y, weight[counts])
         return [accumulator.result() for accumulator in adding]
 
     def _alike(
-        self, job: _Job, weight: NDArray[np.float64], current: Model, samples: Samples
+        self, job: _Job, weight: NDArray[np.float64], current: Flat, samples: Samples
     ) -> Moments:
         """Where all rows count alike: the outputs' own moments are known, the rest follows from those of x with z."""
         context = self.context
         known = context.fitted if samples is context.fitting else context.choose
         wanted = known[self.view].through(weight)
-        if current is context.study.source:
+        if current is context.study.flat:
             rows = job.rows
             return Moments(
                 wanted.count,
@@ -321,17 +333,22 @@ class _Stage:
         )
 
     def _values(
-        self, values: Sequence[str], current: Model, samples: Samples
+        self, values: Sequence[str], current: Flat, samples: Samples
     ) -> Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]:
         """What the stage reads now, and the named values of the original, batch by batch."""
         context = self.context
-        source, provider = context.study.source, context.provider
-        before = observe(source, values, samples, provider, context.held[samples])
-        if current is source:
-            yield from ((found, found) for found in before)
+        known = context.held[samples]
+        if current is context.study.flat:
+            yield from ((found, found) for found in context.observe(values, samples, known))
             return
-        now = observe(current, self.view.values, samples, provider, self.held[samples])
-        yield from zip(now, before, strict=True)
+        choices = context.inside.choices(self.view.value)
+        ways = [name for name in choices if name not in context.study.constants.names]
+        before = context.observe(list(dict.fromkeys((*values, *ways))), samples, known)
+        now = context.observe([*self.view.values, *ways], samples, self.held[samples], current)
+        for first, second in zip(now, before, strict=True):
+            # Rows belong together where both took the same branches; elsewhere there are the original's alone.
+            alike = all(np.array_equal(first[name], second[name]) for name in ways)
+            yield first if alike else second, second
 
     def _columns(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:
         return np.hstack([arrays[name][:, own] for name, own in job.columns.items()])

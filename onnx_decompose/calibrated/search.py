@@ -31,6 +31,7 @@ from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.decay_proposals import decayed_units
 from onnx_decompose.calibrated.group_proposals import group_networks
 from onnx_decompose.calibrated.identity import search_digest
+from onnx_decompose.calibrated.inner_sites import rare_sites, unshown_sites
 from onnx_decompose.calibrated.input_proposals import spare_inputs
 from onnx_decompose.calibrated.journal import Journal
 from onnx_decompose.calibrated.merge_proposals import merged_outputs
@@ -151,8 +152,9 @@ def context_for(
         options.compensation,
         metric=metric,
     )
+    context = dataclasses.replace(context, unseen=unshown_sites(context))
     read = list(dict.fromkeys(site.input for site in context.sites))
-    sized = in_batches(study.source, read, samples, provider)
+    sized = in_batches(context.observe, read, samples)
     return dataclasses.replace(context, parts=split_samples(sized, options.seed))
 
 
@@ -166,15 +168,18 @@ def _contexts(
     read = {context.view(site): site.shape[0] for site in context.sites}
     moments = sum(8 * units**2 for units in read.values())
     if context.parts.choose.count >= _MANY or moments > _MOST_MOMENTS:
-        return [context]
-    sized = dataclasses.replace(samples, at_a_time=context.parts.fit.at_a_time)
-    turns = rotated_samples(sized, options.seed)
-    return [
-        dataclasses.replace(
-            context, parts=parts, turn=turn, held_bytes=HELD_BYTES // len(turns)
-        )
-        for turn, parts in enumerate(turns)
-    ]
+        contexts = [context]
+    else:
+        sized = dataclasses.replace(samples, at_a_time=context.parts.fit.at_a_time)
+        turns = rotated_samples(sized, options.seed)
+        contexts = [
+            dataclasses.replace(
+                context, parts=parts, turn=turn, held_bytes=HELD_BYTES // len(turns)
+            )
+            for turn, parts in enumerate(turns)
+        ]
+    unseen = {**context.unseen, **rare_sites(contexts)}
+    return [dataclasses.replace(one, unseen=unseen) for one in contexts]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -479,7 +484,7 @@ class _Search:
         return self._costs[key]
 
     def _attempt(self, proposal: Proposal, refits: Mapping[str, Refit]) -> Attempt:
-        study = self._context.study
+        study, left = self._context.study, self._context.left
         weights = {weight.name: study.weight(weight) for weight in study.weights}
         weights |= {
             site.name: study.values(site, refits[site.name].stored)
@@ -487,7 +492,13 @@ class _Search:
             if site.name in refits
         }
         evidence = {
-            name: Evidence(weight, weight, Zero(), "calibration" if name in refits else "zero")
+            name: Evidence(
+                weight,
+                weight,
+                Zero(),
+                "calibration" if name in refits else "zero",
+                note=f"left as it is: {left[name]}" if name in left else "",
+            )
             for name, weight in weights.items()
         }
         return attempt(

@@ -1,5 +1,8 @@
 """What sites read, while a model runs: the model itself in onnxruntime, with the values between its nodes as outputs.
 
+Values inside the bodies of If, Loop and Scan come as rows, those of all iterations, one after the other; inside calls
+they are values like others. Names are those of the flat graph (``graph.flat``).
+
 Batch by batch, and only as far into the graph as the values asked for. Values are handed on: what is kept is for the
 caller to add up (``analysis.gram``), or held up to a number of bytes (``Held``), so that a model that is looked at
 again runs from there on. Second moments are held up to a number of bytes, too (``InputMoments``): those of more views
@@ -17,17 +20,22 @@ import onnx
 
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.calibrated.views import Rows, View
+from onnx_decompose.graph.exposing import exposed
 from onnx_decompose.graph.regions import reads
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.runtime.cases import SAMPLES_AT_A_TIME, open_model
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.graph.exposing import Shown
+    from onnx_decompose.graph.flat import Flat
     from onnx_decompose.runtime.samples import Samples
     from onnx_decompose.runtime.sessions import Provider
+
+    Observe = Callable[[Sequence[str], Samples], Iterator[dict[str, NDArray[Any]]]]
 
 __all__ = [
     "BATCH_BYTES",
@@ -86,27 +94,38 @@ class Held:
 
 
 def observe(
-    model: Model,
+    flat: Flat,
     values: Sequence[str],
     samples: Samples,
     provider: Provider,
     held: Held | None = None,
+    inside: Mapping[str, Shown] | None = None,
 ) -> Iterator[dict[str, NDArray[Any]]]:
-    """The named values of ``model`` on every batch of ``samples``.
+    """The named values of a model on every batch of ``samples``.
 
     Args:
-        model: the model.
-        values: names of values of its main graph, inputs included.
+        flat: the model, or a changed version of it.
+        values: names of values of the flat graph, inputs of the model included.
         samples: what it is run on.
         provider: where it runs.
         held: values of this model on these samples: it starts from them, and the ones asked for join them.
+        inside: what those inside bodies come out as.
+
+    Raises:
+        ModelError: it does not run.
     """
     held = Held(0) if held is None else held
-    inputs = {value.name for value in model.proto.graph.input}
+    inputs = {value.name for value in flat.source.proto.graph.input}
     known = set(held.names) - inputs
     made = [name for name in values if name not in inputs | known]
-    types = {name: held.batch(name, 0) for name in known}
-    session = open_model(_exposed(model, made, types), provider) if made else None
+    inside = inside or {}
+    # Nothing can start from rows that come from inside a body.
+    types = {name: held.batch(name, 0) for name in known - inside.keys()}
+    rows = {name: inside[name] for name in made if name in inside}
+    session, names = None, dict[str, str]()
+    if made:
+        model, names = _exposed(flat, made, types, rows)
+        session = open_model(model, provider)
     new: dict[str, list[NDArray[Any]]] = {name: [] for name in made}
     room = held.room
     for number, (feeds, _) in enumerate(samples.batches(SAMPLES_AT_A_TIME)):
@@ -120,6 +139,7 @@ def observe(
                 for spec in session.inputs
             }
             run = session.run(given)
+            run = {name: run[names[name]] for name in made}
             room -= sum(array.nbytes for array in run.values())
             if room >= 0:
                 for name, array in run.items():
@@ -137,24 +157,22 @@ class InputMoments(Mapping[View, Moments]):
     Whoever goes through the views in their order has the model run once for every ``most`` bytes.
 
     Args:
-        model: the model.
+        observe: gives values of the model on samples, batch by batch.
         sizes: the units of each view, in the order of the graph.
         samples: what the model is run on.
-        provider: where it runs.
         seed: as of ``Rows``.
         most: bytes in all; one view alone may take more.
     """
 
     def __init__(
         self,
-        model: Model,
+        observe: Observe,
         sizes: Mapping[View, int],
         samples: Samples,
-        provider: Provider,
         seed: int,
         most: int = MOMENT_BYTES,
     ) -> None:
-        self._model, self._samples, self._provider = model, samples, provider
+        self._observe, self._samples = observe, samples
         self._sizes, self._seed, self._most = sizes, seed, most
         self._found: dict[View, Moments] = {}
 
@@ -162,9 +180,7 @@ class InputMoments(Mapping[View, Moments]):
         if view not in self._found:
             views = self._from(view)
             self._found.clear()
-            self._found = input_moments(
-                self._model, views, self._samples, self._provider, self._seed
-            )
+            self._found = input_moments(self._observe, views, self._samples, self._seed)
         return self._found[view]
 
     def __iter__(self) -> Iterator[View]:
@@ -193,12 +209,12 @@ def moment_bytes(units: int) -> int:
 
 
 def input_moments(
-    model: Model, views: Sequence[View], samples: Samples, provider: Provider, seed: int
+    observe: Observe, views: Sequence[View], samples: Samples, seed: int
 ) -> dict[View, Moments]:
     """Moments of each view with itself; ``seed`` as of ``Rows``, and their count is what rows are worth by it."""
     adding = {view: (Rows(view, samples.count, seed), MomentAccumulator()) for view in views}
     values = list(dict.fromkeys(name for view in views for name in view.values))
-    for found in observe(model, values, samples, provider):
+    for found in observe(values, samples):
         for rows, accumulator in adding.values():
             for (x,) in rows.each(found):
                 accumulator.update(x)
@@ -208,31 +224,36 @@ def input_moments(
     }
 
 
-def in_batches(
-    model: Model, values: Sequence[str], samples: Samples, provider: Provider
-) -> Samples:
-    """The samples, to be run as many at a time as leaves the named values of ``model`` within ``BATCH_BYTES``."""
+def in_batches(observe: Observe, values: Sequence[str], samples: Samples) -> Samples:
+    """The samples, to be run as many at a time as leaves the named values of a model within ``BATCH_BYTES``."""
     first = samples.take(np.arange(1))
-    each = sum(
-        array.nbytes
-        for found in observe(model, values, first, provider)
-        for array in found.values()
-    )
+    each = sum(array.nbytes for found in observe(values, first) for array in found.values())
     most = max(BATCH_BYTES // max(each, 1), 1)
     return dataclasses.replace(samples, at_a_time=min(most, SAMPLES_AT_A_TIME))
 
 
-def _exposed(model: Model, values: Sequence[str], known: Mapping[str, NDArray[Any]]) -> Model:
-    """The part of ``model`` that makes ``values`` of its inputs and what is ``known``, with them as its outputs."""
-    graph = model.proto.graph
-    wanted = set(values)
+def _exposed(
+    flat: Flat,
+    values: Sequence[str],
+    known: Mapping[str, NDArray[Any]],
+    inside: Mapping[str, Shown],
+) -> tuple[Model, dict[str, str]]:
+    """The part of a model that makes ``values`` of its inputs and what is ``known``, with them as its outputs.
+
+    Returns:
+        The part, and by value what it is called there.
+    """
+    graph, inputs = flat.model.proto.graph, flat.source.proto.graph.input
+    shown = exposed(flat, inside)
+    names = {name: shown.names.get(name, name) for name in values}
+    wanted = set(names.values())
     nodes: list[onnx.NodeProto] = []
-    for node in reversed(graph.node):
+    for node in reversed(shown.nodes):
         if wanted.difference(known).intersection(node.output):
             nodes.append(node)
             wanted.update(reads(node))
     proto = onnx.ModelProto()
-    proto.CopyFrom(_without_graph(model.proto))
+    proto.CopyFrom(_without_graph(flat.source.proto))
     part = proto.graph
     part.name = graph.name
     part.node.extend(reversed(nodes))
@@ -240,7 +261,7 @@ def _exposed(model: Model, values: Sequence[str], known: Mapping[str, NDArray[An
     part.sparse_initializer.extend(
         tensor for tensor in graph.sparse_initializer if tensor.values.name in wanted
     )
-    part.input.extend(value for value in graph.input if value.name in wanted)
+    part.input.extend(value for value in inputs if value.name in wanted)
     part.input.extend(
         onnx.helper.make_tensor_value_info(
             name,
@@ -250,8 +271,8 @@ def _exposed(model: Model, values: Sequence[str], known: Mapping[str, NDArray[An
         for name, array in known.items()
         if name in wanted
     )
-    part.output.extend(onnx.ValueInfoProto(name=name) for name in values)
-    return Model(proto, model.path)
+    part.output.extend(onnx.ValueInfoProto(name=name) for name in names.values())
+    return Model(proto, flat.source.path), names
 
 
 def _without_graph(proto: onnx.ModelProto) -> onnx.ModelProto:

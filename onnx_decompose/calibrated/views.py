@@ -146,6 +146,8 @@ class Rows:
             return
         values = [self._view.array(each) for each in found]
         count, channels, *sizes = values[0].shape
+        if not count:  # none of a branch, or of a loop, in this batch
+            return
         total = math.prod(self._window.positions(sizes))
         entries = channels * self._window.taps
         most = max(max(ROWS, ROWS_PER_ENTRY * entries) // self._samples, 1)

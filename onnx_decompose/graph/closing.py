@@ -24,7 +24,7 @@ from onnx_decompose.model.renames import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-__all__ = ["restore"]
+__all__ = ["Segment", "parsed", "restore"]
 
 
 def restore(flat: Flat, changed: Model) -> Model:
@@ -42,21 +42,21 @@ def restore(flat: Flat, changed: Model) -> Model:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Segment:
+class Segment:
     """What lies between two markers: nodes, and other segments among them."""
 
     number: int
-    items: list[onnx.NodeProto | _Segment] = dataclasses.field(default_factory=list)
+    items: list[onnx.NodeProto | Segment] = dataclasses.field(default_factory=list)
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
         """All nodes, in order."""
         for item in self.items:
-            yield from item.nodes() if isinstance(item, _Segment) else (item,)
+            yield from item.nodes() if isinstance(item, Segment) else (item,)
 
-    def segments(self) -> Iterator[_Segment]:
+    def segments(self) -> Iterator[Segment]:
         """All segments inside this one, at any depth."""
         for item in self.items:
-            if isinstance(item, _Segment):
+            if isinstance(item, Segment):
                 yield item
                 yield from item.segments()
 
@@ -71,10 +71,10 @@ class _Closer:
     def __init__(self, flat: Flat, changed: onnx.ModelProto) -> None:
         self._flat = flat
         self._changed = changed
-        self._main = _parsed(changed.graph)
+        self._main = parsed(changed.graph)
         now = {segment.number: segment for segment in self._main.segments()}
-        self._untouched = _closable(flat, _parsed(flat.model.proto.graph), now)
-        self._bodies: dict[tuple[str, ...], list[_Segment]] = {}
+        self._untouched = _closable(flat, parsed(flat.model.proto.graph), now)
+        self._bodies: dict[tuple[str, ...], list[Segment]] = {}
         for number, opened in enumerate(flat.opened):
             if opened.body is not None:
                 self._bodies.setdefault(tuple(opened.owner.output), []).append(now[number])
@@ -118,7 +118,7 @@ class _Closer:
         _drop(result.functions, lambda f: (f.domain, f.name, f.overload) in gone)
         return result
 
-    def _closed(self, segment: _Segment) -> Iterator[onnx.NodeProto]:
+    def _closed(self, segment: Segment) -> Iterator[onnx.NodeProto]:
         """The nodes of a segment with everything closed that was opened there."""
         for item in segment.items:
             if isinstance(item, onnx.NodeProto):
@@ -145,7 +145,7 @@ class _Closer:
                 self._fill(graph, body)
         return copy
 
-    def _fill(self, graph: onnx.GraphProto, body: _Segment) -> None:
+    def _fill(self, graph: onnx.GraphProto, body: Segment) -> None:
         """Put the nodes of a segment into the body that it stands for, and leave there what they read."""
         opened = self._flat.opened[body.number]
         nodes = list(self._closed(body))
@@ -174,7 +174,7 @@ class _Closer:
             gone = opened.values.keys() - self._left[field]
             _drop_named(getattr(graph, field), {opened.values[flat] for flat in gone})
 
-    def _own_tensors(self, body: _Segment, label: str) -> list[onnx.TensorProto]:
+    def _own_tensors(self, body: Segment, label: str) -> list[onnx.TensorProto]:
         """The new tensors that are named after values of a body and that nothing outside it reads.
 
         Some of onnxruntime's fusions look for a weight in the graph of its node alone.
@@ -217,9 +217,9 @@ def _name(item: Any) -> str:
     return str(getattr(item, "tensor_name", None) or item.name)
 
 
-def _parsed(graph: onnx.GraphProto) -> _Segment:
+def parsed(graph: onnx.GraphProto) -> Segment:
     """The segments of a flat graph; the outermost one is the main graph."""
-    stack = [_Segment(-1)]
+    stack = [Segment(-1)]
     for node in graph.node:
         mark = marker(node)
         if mark is None:
@@ -228,21 +228,21 @@ def _parsed(graph: onnx.GraphProto) -> _Segment:
             done = stack.pop()
             stack[-1].items.append(done)
         else:
-            stack.append(_Segment(mark[0]))
+            stack.append(Segment(mark[0]))
     (main,) = stack
     return main
 
 
-def _closable(flat: Flat, before: _Segment, now: Mapping[int, _Segment]) -> set[int]:
+def _closable(flat: Flat, before: Segment, now: Mapping[int, Segment]) -> set[int]:
     """The segments that are as they were, and so is everything inside them and all that reads values from inside."""
     around: dict[int, frozenset[int]] = {}
     place: dict[str, int] = {}
     readers: list[tuple[str, int]] = []
 
-    def visit(segment: _Segment, outer: frozenset[int]) -> None:
+    def visit(segment: Segment, outer: frozenset[int]) -> None:
         around[segment.number] = inside = outer | {segment.number}
         for item in segment.items:
-            if isinstance(item, _Segment):
+            if isinstance(item, Segment):
                 visit(item, inside)
             else:
                 place.update(dict.fromkeys(item.output, segment.number))

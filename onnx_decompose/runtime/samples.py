@@ -75,7 +75,8 @@ class Samples:
         for start in range(0, self.count, step):
             part = slice(start, min(start + step, self.count))
             feeds = {name: self._part(array, part) for name, array in self.rows.items()}
-            feeds.update({name: feeds[name][0] for name in self.stacked})
+            # With an ellipsis, a scalar stays an array.
+            feeds.update({name: feeds[name][0, ...] for name in self.stacked})
             extras = {name: self._part(array, part) for name, array in self.extras.items()}
             yield {**feeds, **self.whole}, {**extras, **self.extras_whole}
 

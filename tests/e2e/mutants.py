@@ -20,11 +20,11 @@ from onnx_decompose.verification.equivalence import measure_structural
 from onnx_decompose.verification.proof import annealed_model, prove_structure
 from onnx_decompose.verification.reference import Reference, open_reference
 from onnx_decompose.verification.verify import Inputs
+from tests.e2e.inner_graphs import SQUARE, branch, loop
 from tests.e2e.planted import Recipe as Planted
 from tests.e2e.planted import plant
 from tests.e2e.quantized_models import Coding, dynamic, qdq, quantized_network
 from tests.e2e.random_models import NOISE, Recipe, random_model
-from tests.e2e.test_inner_graphs import SQUARE, branch, loop
 from tests.e2e.whole_rewrite import EXACT, rewrite_once
 from tools.planted_models import Blocks, residual_stack
 

@@ -10,6 +10,12 @@ import pytest
 from onnx import numpy_helper
 
 from tests.e2e import quantized_models as forms
+from tests.e2e.inner_graphs import (
+    SQUARE,
+    branch_with_its_own_weights,
+    function_with_its_own_weights,
+    loop,
+)
 from tests.e2e.planted import (
     Planted,
     Recipe,
@@ -24,12 +30,6 @@ from tests.e2e.planted import (
 )
 from tests.e2e.quantized_models import Coding, quantized_network
 from tests.e2e.rewriting import SPLIT, rewrite
-from tests.e2e.test_inner_graphs import (
-    SQUARE,
-    branch_with_its_own_weights,
-    function_with_its_own_weights,
-    loop,
-)
 from tools.bench_quantized import quantized
 from tools.quantize_model import FORMS
 from tools.untouched import untouched_faults

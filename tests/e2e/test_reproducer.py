@@ -12,6 +12,14 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_decompose.decomposition.decompose import rewritten_model
+from tests.e2e.inner_graphs import (
+    SQUARE,
+    branch,
+    call,
+    loop,
+    nested,
+    scan,
+)
 from tests.e2e.planted import (
     Recipe,
     array_of,
@@ -21,14 +29,6 @@ from tests.e2e.planted import (
     set_array,
 )
 from tests.e2e.test_corruptions import block_name, cross_branches, with_head
-from tests.e2e.test_inner_graphs import (
-    SQUARE,
-    branch,
-    call,
-    loop,
-    nested,
-    scan,
-)
 from tests.e2e.whole_rewrite import rewrite_once
 from tools.planted_models import Blocks, residual_stack
 

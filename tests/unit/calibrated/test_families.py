@@ -84,10 +84,8 @@ class TestEveryKind:
         def needless(*_: object, **__: object) -> None:
             raise AssertionError(kind)
 
-        for name in ("fit", "choose", "fitted", "power"):
+        for name in ("fit", "choose", "fitted", "power", "observe"):
             monkeypatch.setattr(CalibrationContext, name, property(needless))
-        for module in ("input_groups", "merge_proposals", "site_statistics", "refitting"):
-            monkeypatch.setattr(f"onnx_decompose.calibrated.{module}.observe", needless)
         assert list(GENERATORS[kind](context))
 
     def test_from_strict_to_loose_within_the_bound(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnx_decompose.calibrated.site_statistics import (
     observe,
 )
 from onnx_decompose.calibrated.views import View
+from onnx_decompose.graph.flat import flatten
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.runtime.samples import Samples, samples_from_arrays
@@ -54,7 +56,9 @@ def samples(model: Model, rng: np.random.Generator) -> Samples:
 
 
 def seen(model: Model, name: str, samples: Samples, held: Held | None = None) -> bytes:
-    batches = [found[name] for found in observe(model, [name], samples, Provider.CPU, held)]
+    batches = [
+        found[name] for found in observe(flatten(model), [name], samples, Provider.CPU, held)
+    ]
     return np.concatenate(batches).tobytes()
 
 
@@ -98,22 +102,23 @@ def test_moments_of_more_views_than_there_is_room_for_take_more_runs(
     model: Model, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     views = {View(name): 5 for name in ("x", "b", "c")}
-    whole = input_moments(model, list(views), samples, Provider.CPU, 0)
+    look = functools.partial(observe, flatten(model), provider=Provider.CPU)
+    whole = input_moments(look, list(views), samples, 0)
     asked: list[list[str]] = []
 
-    def counting(model: Model, views: list[View], *rest: Any) -> dict[View, Moments]:
+    def counting(look: Any, views: list[View], *rest: Any) -> dict[View, Moments]:
         asked.append([view.value for view in views])
-        return input_moments(model, views, *rest)
+        return input_moments(look, views, *rest)
 
     monkeypatch.setattr(site_statistics, "input_moments", counting)
-    found = InputMoments(model, views, samples, Provider.CPU, 0, most=2 * moment_bytes(5))
+    found = InputMoments(look, views, samples, 0, most=2 * moment_bytes(5))
     for view, moments in found.items():
         assert moments.count == 700
         assert moments.xx.tobytes() == whole[view].xx.tobytes()
     assert asked == [["x", "b"], ["c"]]
     assert found[View("b")].xx.tobytes() == whole[View("b")].xx.tobytes()
     assert asked[2:] == [["b", "c"]]
-    tight = InputMoments(model, views, samples, Provider.CPU, 0, most=1)
+    tight = InputMoments(look, views, samples, 0, most=1)
     assert tight[View("c")].xx.tobytes() == whole[View("c")].xx.tobytes()
     with pytest.raises(KeyError):
         found[View("nothing")]

@@ -47,6 +47,13 @@ class TestLayouts:
         assert [feeds["x"].tolist() for feeds, _ in batches] == [[r] for r in rows(3).tolist()]
         assert [extras["label"].tolist() for _, extras in batches] == [[0], [1], [2]]
 
+    def test_an_input_without_axes_stays_an_array(self) -> None:
+        flag = TensorSpec("flag", np.dtype(np.bool_), ())
+        samples = samples_from_arrays({"flag": np.array([True, False])}, [flag])
+        found = [feeds["flag"] for feeds, _ in samples.batches(4)]
+        assert {type(one) for one in found} == {np.ndarray}
+        assert [bool(one) for one in found] == [True, False]
+
     def test_fixed_batch_of_four_takes_four_rows_and_their_labels(self) -> None:
         spec = TensorSpec("x", FLOAT, (4, 3))
         samples = samples_from_arrays({"x": rows(8), "label": np.arange(8)}, [spec])
