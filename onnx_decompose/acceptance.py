@@ -15,7 +15,14 @@ from onnx_decompose.model.metadata import write_decomposition
 from onnx_decompose.model.tensors import graph_inputs
 from onnx_decompose.reporting.summarize import Measured
 from onnx_decompose.runtime.cases import is_large, open_model, working_size
-from onnx_decompose.runtime.feeds import check_axes, index_limits, other_dims, resized
+from onnx_decompose.runtime.feeds import (
+    batch_dims,
+    check_axes,
+    dim_symbols,
+    index_limits,
+    other_dims,
+    resized,
+)
 from onnx_decompose.timing.bench import Timing, bench_models, slowdown, timing_feeds
 from onnx_decompose.timing.cost_cache import cost_model
 from onnx_decompose.timing.no_harm import (
@@ -46,6 +53,9 @@ if TYPE_CHECKING:
     from onnx_decompose.verification.verify import Inputs
 
 logger = logging.getLogger(__name__)
+
+_OTHER = 64
+"""Size of dynamic axes but the batch, where nothing says another."""
 
 __all__ = ["Made", "NotEquivalentError", "make", "time_models"]
 
@@ -133,7 +143,7 @@ def time_models(
         specs,
         options.batch,
         rng=rng,
-        other=64 if inputs.samples else working_size(original.proto, reference, rng),
+        other=_OTHER if inputs.samples else working_size(original.proto, reference, rng),
         limits=index_limits(original.proto),
         samples=inputs.samples,
     )
@@ -166,7 +176,7 @@ def _proved(
         len(tried.rewrites),
         len(tried.recurrent.rewrites),
     )
-    rewritten, joined = _rewrite(tried, options, cost)
+    rewritten, joined = _rewrite(tried, options, cost, _timed_sizes(original, inputs, options))
     model = stage.put(rewritten, original)
     stage.freed()
     structural = _prove(original, model, inputs, provider)
@@ -224,14 +234,24 @@ def _time_regions(tried: Attempt, provider: Provider, options: Options) -> Mappi
     )
 
 
+def _timed_sizes(original: Model, inputs: Inputs, options: Options) -> dict[str, int]:
+    """About what :func:`time_models` gives the dynamic axes but the batch, by symbol, before any model is opened."""
+    specs = graph_inputs(original.proto)
+    batch = batch_dims(specs)
+    sizes = {symbol: _OTHER for symbol in dim_symbols(specs) if symbol not in batch}
+    if inputs.samples is not None:
+        sizes |= other_dims(specs, next(inputs.samples.batches(1))[0])
+    return sizes | dict(options.axes)
+
+
 def _rewrite(
-    tried: Attempt, options: Options, cost: CostModel | None
+    tried: Attempt, options: Options, cost: CostModel | None, sizes: Mapping[str, int]
 ) -> tuple[Model, tuple[Joined, ...]]:
     rewritten, decomposition = rewritten_model(tried, options.budget)
     joined: tuple[Joined, ...] = ()
     if cost is not None:
         rewritten, decomposition, joined = join_siblings(
-            rewritten, decomposition, tried.study, cost
+            rewritten, decomposition, tried.study, cost, sizes
         )
     decomposition = dataclasses.replace(decomposition, budgets=dict(options.output_budgets))
     write_decomposition(rewritten.proto, decomposition, VERSION)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,6 +101,7 @@ class JoinSiblings(GraphPass):
         cost: the provider's coefficients.
         products: the products that may be joined: the value that each makes, and the name of the original's site.
         biases: the constants that may be stored elsewhere; a product with another bias keeps it behind the Split.
+        sizes: of dynamic axes but the batch, by symbol, at which it is to be faster.
         reserved: a graph whose names no new value may have.
         weights: filled with where each weight lies now, by the name of the value.
         rows: filled with where each bias lies now; one that several products had lies at several places.
@@ -109,6 +111,7 @@ class JoinSiblings(GraphPass):
     cost: CostModel
     products: Mapping[str, str]
     biases: Collection[str]
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     reserved: onnx.GraphProto = dataclasses.field(default_factory=onnx.GraphProto)
     weights: dict[str, Place] = dataclasses.field(default_factory=dict)
     rows: dict[str, list[Place]] = dataclasses.field(default_factory=dict)
@@ -126,9 +129,8 @@ class JoinSiblings(GraphPass):
         groups = list(finder.groups())
         if not groups:
             return PassResult(model, modified=False)
-        graph, opset = model.proto.graph, opset_of(model.proto)
-        shapes = infer_shapes(model.proto) if opset < 11 else {}
-        ops = TensorOps(opset, shapes, Fresh(graph, self.reserved))
+        graph = model.proto.graph
+        ops = TensorOps(opset_of(model.proto), finder.shapes, Fresh(graph, self.reserved))
         for members, siblings in groups:
             self._join(graph, finder.constants, ops, members, siblings)
         removed = {index for members, _ in groups for m in members for index in m.nodes}
@@ -228,9 +230,8 @@ class _Finder:
             name: node for node in self._graph.node for name in node.output
         }
         self._sparse = {tensor.values.name for tensor in self._graph.sparse_initializer}
-        self._ranked: Collection[str] | None = None
-        if opset_of(model.proto) < 11:  # a Split names its axis from the first one
-            self._ranked = infer_shapes(model.proto).keys()
+        self.shapes = infer_shapes(model.proto)
+        self._names_axes_from_last = opset_of(model.proto) >= 11
 
     def groups(self) -> Iterator[tuple[list[_Member], Siblings]]:
         """Products to join, at least two at a time."""
@@ -252,9 +253,9 @@ class _Finder:
         output = node.output[0]
         if output not in self._asked.products or value in self.constants.names:
             return None
-        if not self._is_movable(weight) or (
-            self._ranked is not None and output not in self._ranked
-        ):
+        if not (self._names_axes_from_last or output in self.shapes):
+            return None
+        if not self._is_movable(weight):
             return None
         bias = rest[0] if rest else ""
         if bias:
@@ -329,4 +330,10 @@ class _Finder:
         widths = tuple(self._width(node) for node in nodes)
         itemsize = onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
         inputs = int(np.prod(weight.shape)) // widths[0]
-        return Siblings(inputs, widths, itemsize)
+        axes = self.shapes.get(nodes[0].input[0], (None,))[:-1]
+        known = [
+            axis if isinstance(axis, int) else self._asked.sizes.get(axis or "")
+            for axis in axes
+        ]
+        positions = math.prod(size for size in known if size is not None)
+        return Siblings(inputs, widths, itemsize, positions, not known or None in known)

@@ -29,7 +29,11 @@ __all__ = ["join_siblings"]
 
 
 def join_siblings(
-    model: Model, decomposition: Decomposition, study: Study, cost: CostModel
+    model: Model,
+    decomposition: Decomposition,
+    study: Study,
+    cost: CostModel,
+    sizes: Mapping[str, int],
 ) -> tuple[Model, Decomposition, tuple[Joined, ...]]:
     """Join products of one value where that is predicted to be faster, those that were not rewritten too.
 
@@ -38,6 +42,7 @@ def join_siblings(
         decomposition: where it stores the weights of rewritten sites.
         study: the original.
         cost: the provider's coefficients.
+        sizes: of dynamic axes but the batch, by symbol, at which it is to be faster.
 
     Returns:
         The model, where it stores weights now, and what was joined.
@@ -62,7 +67,7 @@ def join_siblings(
         if output in made and made[output].input[1] == site.weight
     }
     before = study.model.proto.graph
-    joining = JoinSiblings(cost, products, _biases(graph, decomposition, study), before)
+    joining = JoinSiblings(cost, products, _biases(graph, decomposition, study), sizes, before)
     joined = joining(model).model
     weights = {name: (place,) for name, place in joining.weights.items()}
     sites = {

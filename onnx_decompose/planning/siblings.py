@@ -30,11 +30,19 @@ class Siblings:
         inputs: units of the value.
         widths: outputs of each product, in order.
         itemsize: bytes of an entry.
+        positions: rows of the value for each sample, or in all.
+        has_batch: whether it has as many rows for each sample.
     """
 
     inputs: int
     widths: tuple[int, ...]
     itemsize: int
+    positions: int = 1
+    has_batch: bool = True
+
+    def rows(self, batch: int) -> int:
+        """Rows of the value."""
+        return self.positions * (batch if self.has_batch else 1)
 
 
 def apart_seconds(siblings: Siblings, rows: int, cost: CostModel) -> float:
@@ -49,11 +57,14 @@ def joined_seconds(siblings: Siblings, rows: int, cost: CostModel) -> float:
 
 
 def joined_cost(siblings: Siblings, cost: CostModel) -> float:
-    """Predicted time of one wider product over that of all of them: geometric mean over the cost model's batches."""
+    """Predicted time of one wider product over that of all of them: geometric mean over the cost model's batches.
+
+    These are samples here.
+    """
 
     def over_batches(joined: bool) -> NDArray[np.float64]:
         seconds = joined_seconds if joined else apart_seconds
-        return np.array([seconds(siblings, rows, cost) for rows in cost.batches])
+        return np.array([seconds(siblings, siblings.rows(n), cost) for n in cost.batches])
 
     return relative_cost(over_batches(True), over_batches(False))
 

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_decompose.model.model_io import load_model
 from onnx_decompose.options import Options
+from onnx_decompose.runtime.sessions import Provider
+from onnx_decompose.verification.verify import Inputs, structural_claim
 from tests.e2e.planted import array_of, decomposition, save, set_array, units, with_heads
 from tests.e2e.random_models import NOISE, Recipe, random_model
 from tests.e2e.whole_rewrite import EXACT, check_rewrite
@@ -181,6 +184,47 @@ def test_parts_of_rewritten_products_are_joined(rng: np.random.Generator) -> Non
     assert outcome.decisions == {"split"}
     assert [one.products for one in outcome.joined] == [("up", "gate")] * 2
     assert all(one.bias for one in outcome.joined)
+
+
+def test_biases_that_constants_were_folded_into(rng: np.random.Generator) -> None:
+    """Two heads read hidden units of which some are constant: their biases are others, and lie in one."""
+    first, heads = rng.normal(size=(6, 8)), {name: rng.normal(size=(8, 3)) for name in "ab"}
+    first[:, [2, 5]] = 0
+    tensors = {"w": first, "w.b": rng.normal(size=8), **heads}
+    tensors |= {f"{name}.b": rng.normal(size=3) for name in heads}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "w.b"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+    ]
+    for name in heads:
+        nodes.append(helper.make_node("MatMul", ["r", name], [f"{name}.p"], f"head.{name}"))
+        nodes.append(helper.make_node("Add", [f"{name}.p", f"{name}.b"], [f"y.{name}"]))
+    graph = helper.make_graph(
+        nodes,
+        "heads",
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["b", 6])],
+        [helper.make_tensor_value_info(f"y.{n}", TensorProto.DOUBLE, ["b", 3]) for n in heads],
+        [numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    outcome = check_rewrite(model, "auto")
+    assert outcome.decisions == {"shrink"}
+    assert [one.products for one in outcome.joined] == [("head.a", "head.b")]
+    assert outcome.model is not None
+    sites = decomposition(outcome.model)["sites"]
+    parts = [sites[f"head.{name}"]["bias"]["blocks"][0] for name in heads]
+    assert len({part["initializer"] for part in parts}) == 1
+    assert [part["stored_columns"] for part in parts] == ["0:3", "3:6"]
+    original = load_model(model)
+    for column, told in ((1, "head.a"), (4, "head.b")):
+        copy = onnx.ModelProto.FromString(outcome.model.SerializeToString())
+        values = array_of(copy, parts[0]["initializer"]).copy()
+        values[..., column] += 1
+        set_array(copy, parts[0]["initializer"], values)
+        claim = structural_claim(
+            original, load_model(copy), inputs=Inputs(seeds=1), provider=Provider.CPU
+        )
+        assert f"site '{told}': the bias rebuilt" in claim.reason
 
 
 @settings(max_examples=25)

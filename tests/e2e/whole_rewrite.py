@@ -86,7 +86,9 @@ def rewrite_once(
     model, decomposition = rewritten_model(tried, 1e9)
     joined: tuple[Joined, ...] = ()
     if emit == "auto":
-        model, decomposition, joined = join_siblings(model, decomposition, tried.study, JOINING)
+        model, decomposition, joined = join_siblings(
+            model, decomposition, tried.study, JOINING, {}
+        )
     write_decomposition(model.proto, decomposition, "0")
     return Outcome(tried, model.proto, joined)
 

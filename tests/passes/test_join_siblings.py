@@ -15,6 +15,7 @@ from onnx_decompose.model.model_io import load_model
 from onnx_decompose.passes.join_siblings import JoinSiblings, Place
 from onnx_decompose.passes.splice import origins_of
 from onnx_decompose.planning.cost import CPU
+from onnx_decompose.planning.siblings import Siblings, joined_cost, pays
 from tests.passes.harness import TOLERANCE, check_names, feeds_for, parse, run
 
 if TYPE_CHECKING:
@@ -254,6 +255,34 @@ def test_names_of_the_original_are_not_given_again(rng: np.random.Generator) -> 
     text = ONE_FORM + "q = MatMul (x, a2) k = MatMul (x, b2) }"
     proto = parse(text, weights(rng, "a2", "b2"))
     reserved = onnx.GraphProto(initializer=[onnx.TensorProto(name="a2.joined")])
-    passing = JoinSiblings(ALWAYS, {"q": "q", "k": "k"}, (), reserved)
+    passing = JoinSiblings(ALWAYS, {"q": "q", "k": "k"}, (), {}, reserved)
     passing(load_model(proto))
     assert passing.weights["a2"].tensor == "a2.joined_1"
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "positions", "has_batch"),
+    [
+        ("B,T", {"T": 1}, 1, True),
+        ("B,T", {"T": 4096}, 4096, True),
+        ("B,3", {}, 3, True),
+        ("2,3", {}, 6, False),
+        ("T,B", {"T": 5}, 5, True),
+        ("T,2", {"T": 5}, 10, False),
+        ("B", {"T": 5}, 1, True),
+    ],
+)
+def test_it_has_to_pay_at_the_rows_that_there_are(
+    rng: np.random.Generator, shape: str, sizes: dict[str, int], positions: int, has_batch: bool
+) -> None:
+    text = f"m (float[{shape},288] x) => (float[{shape},288] q, float[{shape},288] k) {{"
+    text += "q = MatMul (x, a) k = MatMul (x, b) }"
+    tensors = {name: rng.standard_normal((288, 288)).astype(np.float32) for name in "ab"}
+    cost = dataclasses.replace(CPU, batches=(1,))
+    passing = JoinSiblings(cost, {"q": "q", "k": "k"}, (), sizes)
+    made = passing(load_model(parse(text, tensors)))
+    siblings = Siblings(288, (288, 288), 4, positions, has_batch)
+    assert made.modified == pays(siblings, cost) == (positions < 100)
+    assert [one.predicted for one in passing.joined] == [joined_cost(siblings, cost)] * len(
+        passing.joined
+    )

@@ -64,3 +64,10 @@ def test_a_narrow_product_takes_as_long_as_a_full_one() -> None:
 def test_on_a_gpu_kernels_are_saved() -> None:
     assert pays(HEADS, at(1, CUDA))
     assert not pays(Siblings(4096, (4096, 4096), 4), at(256, CUDA))
+
+
+def test_rows_are_those_of_every_sample() -> None:
+    long = dataclasses.replace(QKV, positions=64)
+    assert joined_cost(long, at(4)) == joined_cost(QKV, at(256))
+    fixed = dataclasses.replace(long, has_batch=False)
+    assert joined_cost(fixed, at(4)) == joined_cost(QKV, at(64))
