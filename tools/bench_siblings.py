@@ -1,37 +1,45 @@
 """What one wider product and a Split take in the place of products that read the same value, measured and predicted.
 
-    python -m tools.bench_siblings [--rows 1,16,64,256] [--seconds 1] [--shape 288,288,288,288 ...]
+    python -m tools.bench_siblings [--rows 1,16,64,256] [--runs 600] [--shape 288,288,288,288 ...]
 
-A shape is the inputs, then the outputs of each product. Every model has eight such sets of products one after another:
-each reads the sum of what the set before made, so that starting a run weighs little. Prints for each shape and number
-of rows the time of one set apart and joined, and what the cost model says (its own coefficients, not measured ones).
+A shape is the inputs, then the outputs of each product. Every model has eight such sets, one after another. Times are
+those of the kernels, by onnxruntime's own profiler, 2 threads: of each the 5 % quantile of its runs, so that what else
+the machine does is hardly in them, and neither is what lies between kernels. Prints for each shape and number of rows
+the microseconds of one set apart, joined and cut, and the time left as measured and as predicted by the built-in costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_decompose.planning.cost import CPU
 from onnx_decompose.planning.siblings import Siblings, apart_seconds, joined_seconds
-from onnx_decompose.runtime.sessions import Provider
-from onnx_decompose.timing.bench import BenchSettings, bench_candidates
 
 SETS = 8
 SHAPES = (
-    *("288,288,288,288", "288,768,768", "245,3,3,3,3,3,3", "384,384,384,384"),
-    *("768,768,768,768", "256,1024,1024,1024", "64,64,64,64"),
+    *("288,288,288,288", "288,768,768", "245,3,3,3,3,3,3", "768,768,768,768"),
+    *("128,128,128,128", "256,1024,1024,1024"),
 )
+_MOST = 1.5e11
+"""Multiply-adds that one model computes in all."""
 
 
 def model(sizes: tuple[int, ...], rng: np.random.Generator, *, joined: bool) -> bytes:
-    """Sets of products of one value, apart or joined."""
+    """Sets of products of one value, apart or joined; each set reads a little of what the one before made."""
     inputs, *widths = sizes
     nodes: list[onnx.NodeProto] = []
-    tensors = [numpy_helper.from_array(np.asarray(widths, np.int64), "sizes")]
+    tensors: list[onnx.TensorProto] = []
+    if joined:
+        tensors.append(numpy_helper.from_array(np.asarray(widths, np.int64), "sizes"))
     value = "x"
     for number in range(SETS):
         weights = [
@@ -47,7 +55,6 @@ def model(sizes: tuple[int, ...], rng: np.random.Generator, *, joined: bool) -> 
             for name, weight in zip(made, weights, strict=True):
                 tensors.append(numpy_helper.from_array(weight, f"{name}_w"))
                 nodes.append(helper.make_node("MatMul", [value, f"{name}_w"], [name]))
-        # One number of each row: a node per product that reads it, and the same in both models.
         nodes += [
             helper.make_node("Slice", [name, "zero", "one", "last"], [f"{name}_s"])
             for name in made
@@ -64,43 +71,63 @@ def model(sizes: tuple[int, ...], rng: np.random.Generator, *, joined: bool) -> 
         [helper.make_tensor_value_info(value, TensorProto.FLOAT, ["batch", inputs])],
         tensors,
     )
-    made_of = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    opset = helper.make_opsetid("", 18)
+    return bytes(
+        helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
     )
-    return bytes(made_of.SerializeToString())
+
+
+def kernel_times(content: bytes, rows: int, inputs: int, runs: int) -> dict[str, float]:
+    """Microseconds of one set by operator."""
+    settings = onnxruntime.SessionOptions()
+    settings.enable_profiling = True
+    settings.intra_op_num_threads = 2
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    feeds = {"x": np.random.default_rng(0).standard_normal((rows, inputs)).astype(np.float32)}
+    found: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        settings.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(
+            content, settings, providers=["CPUExecutionProvider"]
+        )
+        for _ in range(runs):
+            session.run(None, feeds)
+        for event in json.loads(Path(session.end_profiling()).read_text("utf-8")):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                found[event["args"]["op_name"], event["name"]].append(event["dur"])
+    total: dict[str, float] = collections.defaultdict(float)
+    for (operator, _), times in found.items():
+        total[operator] += float(np.quantile(times, 0.05)) / SETS
+    return total
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", action="append")
     parser.add_argument("--rows", default="1,16,64,256")
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--runs", type=int, default=600)
     options = parser.parse_args()
-    settings = BenchSettings(seconds=options.seconds, max_seconds=2 * options.seconds)
-    print("| inputs, outputs | rows | apart us | speed-up | saved us | predicted |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| inputs, outputs | rows | apart us | joined us | Split us | time left | predicted |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for shape in options.shape or SHAPES:
-        sizes = tuple(int(size) for size in shape.split(","))
+        inputs, *widths = (int(size) for size in shape.split(","))
         first, second = (
-            model(sizes, np.random.default_rng(0), joined=j) for j in (False, True)
+            model((inputs, *widths), np.random.default_rng(0), joined=joined)
+            for joined in (False, True)
         )
+        siblings = Siblings(inputs, tuple(widths), 4)
         for rows in map(int, options.rows.split(",")):
-            rng = np.random.default_rng(rows)
-            feeds = {rows: {"x": rng.standard_normal((rows, sizes[0])).astype(np.float32)}}
-            (entry,) = bench_candidates(
-                first,
-                {"joined": second},
-                feeds_by_batch=feeds,
-                provider=Provider.CPU,
-                rng=rng,
-                settings=settings,
-            )["joined"].batches
-            apart = entry.original_ms * 1e3 / SETS
-            siblings = Siblings(sizes[0], sizes[1:], 4)
-            one, other = (f(siblings, rows, CPU) for f in (apart_seconds, joined_seconds))
+            most = int(_MOST / (SETS * rows * inputs * sum(widths)))
+            runs = min(options.runs, max(most, 30))
+            apart = kernel_times(first, rows, inputs, runs)["MatMul"]
+            joined = kernel_times(second, rows, inputs, runs)
+            left = (joined["MatMul"] + joined["Split"]) / apart
+            said = joined_seconds(siblings, rows, CPU) / apart_seconds(siblings, rows, CPU)
             print(
-                f"| {shape} | {rows} | {apart:.1f} | {entry.speedup:.2f}x ({entry.low:.2f} to {entry.high:.2f}) "
-                f"| {apart - apart / entry.speedup:.1f} | {(one - other) * 1e6:.1f} of {one * 1e6:.1f} |",
+                f"| {shape} | {rows} | {apart:.1f} | {joined['MatMul']:.1f} "
+                f"| {joined['Split']:.1f} | {left:.2f} | {said:.2f} |",
                 flush=True,
             )
 

@@ -42,8 +42,7 @@ class CostModel:
         batches: numbers of rows at which candidates are compared.
         pick_ratio: how many times as fast as such a Gather ArrayFeatureExtractor is, which copies float32 and float64
             by type; 0 where the provider has none.
-        sharing: seconds that a product takes on top where several threads share it: they are woken, and waited for.
-        shared_out: multiply-adds from which on they share it.
+        waking: seconds that a long product loses until all threads work at it, and have ended; a short one loses less.
         lanes: outputs that a product computes at a time; a narrower one takes as long.
     """
 
@@ -62,8 +61,7 @@ class CostModel:
     transpose_rate: float
     batches: tuple[int, ...] = (1, 16, 256)
     pick_ratio: float = 0.0
-    sharing: float = 0.0
-    shared_out: int = 0
+    waking: float = 0.0
     lanes: int = 1
 
     def matmul(self, rows: int, inputs: Units, outputs: Units, itemsize: int) -> Units:
@@ -145,8 +143,7 @@ CPU = CostModel(
     row_gather_rate=4.5e10,
     transpose_rate=7e9,
     pick_ratio=5.0,
-    sharing=6e-6,
-    shared_out=65536,
+    waking=4.5e-5,
     lanes=16,
 )
 """Two cores of a server with AVX-512, onnxruntime 1.32, float32; float16 is computed in float32 there."""

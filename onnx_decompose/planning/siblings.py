@@ -78,5 +78,8 @@ def _product(siblings: Siblings, width: int, rows: int, cost: CostModel) -> floa
     """Seconds of one product; a bias is added on the way."""
     computed = -(-width // cost.lanes) * cost.lanes
     seconds = cost.matmul(rows, siblings.inputs, computed, siblings.itemsize)
-    is_shared_out = rows * siblings.inputs * computed > cost.shared_out
-    return seconds + (cost.sharing if is_shared_out else 0.0)
+    if not cost.waking:
+        return seconds
+    work = seconds - cost.kernel
+    # What is done before the other threads are there is not lost: of two times the shorter one, smoothly.
+    return seconds + work * cost.waking / (work + cost.waking)

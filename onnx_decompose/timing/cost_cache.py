@@ -36,7 +36,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_BUILT_IN = {"batches", "lanes", "pick_ratio", "shared_out", "sharing"}
+_BUILT_IN = {"batches", "lanes", "pick_ratio", "waking"}
 
 COEFFICIENTS = tuple(
     field.name for field in dataclasses.fields(CostModel) if field.name not in _BUILT_IN

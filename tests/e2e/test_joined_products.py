@@ -227,7 +227,7 @@ def test_biases_that_constants_were_folded_into(rng: np.random.Generator) -> Non
         assert f"site '{told}': the bias rebuilt" in claim.reason
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1),
     free=st.booleans(),

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from onnx_decompose.passes.join_siblings import Joined
     from onnx_decompose.planning.state_graph import Emit
 
-JOINING = dataclasses.replace(FREE, sharing=1.0, shared_out=-1)
+JOINING = dataclasses.replace(FREE, lanes=10**6)
 """A provider where one product is worth any number of narrower ones."""
 
 EXACT = Options(null="zero", provider="cpu", seeds=1)

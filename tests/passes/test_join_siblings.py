@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-ALWAYS = dataclasses.replace(CPU, sharing=1.0, shared_out=-1)
+ALWAYS = dataclasses.replace(CPU, lanes=10**6)
 """A provider where every product that is saved pays."""
 
 

@@ -138,5 +138,5 @@ def test_names_are_read_from_what_the_system_tells(
 
 def test_every_coefficient_is_kept() -> None:
     names = {field.name for field in dataclasses.fields(CPU)}
-    built_in = {"batches", "lanes", "pick_ratio", "shared_out", "sharing"}
+    built_in = {"batches", "lanes", "pick_ratio", "waking"}
     assert set(COEFFICIENTS) == names - built_in
