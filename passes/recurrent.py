@@ -4,6 +4,8 @@
                              Concat --> cell --Y--> [Concat, Gather] --> Y
     earlier cell's Y --[shifted by a step]--+
 
+Units that no cell makes are zeros in Y: nothing that reads them does anything with them.
+
 What a cell reads of an earlier one is that one's output of the step before: its Y shifted by one step along the time
 axis, the initial state first (last, where time runs in reverse).
 """
@@ -191,7 +193,7 @@ class _Ops:
     def pad(self, value: Value, pads: Sequence[int]) -> Value:
         """Zeros before and after each axis; a negative number takes entries away."""
         lengths = self.integers(f"{value.name}.pads", pads)
-        return self.add("Pad", [value, lengths], self.variable(f"{value.name}.shifted"))
+        return self.add("Pad", [value, lengths], self.variable(f"{value.name}.padded"))
 
 
 class _SiteWriter:
@@ -300,10 +302,12 @@ class _DirectionWriter:
 
     def joined(self) -> dict[int, Value]:
         """Each output that is read, with all units of this direction in the original order."""
-        if len(self._cells) == 1:
+        if self._is_whole:
             return self._outputs[0]
         order = sorted(range(len(self._cells)), key=lambda n: int(self._cells[n].units[0]))
-        where = np.argsort(np.concatenate([self._cells[n].units for n in order]))
+        made = np.concatenate([self._cells[n].units for n in order])
+        where = np.full(self._site.hidden, made.size)  # of those that nobody makes: zeros
+        where[made] = np.arange(made.size)
         in_order = bool((np.diff(where) == 1).all())
         found: dict[int, Value] = {}
         for kind, name in enumerate(self._site.outputs):
@@ -314,13 +318,22 @@ class _DirectionWriter:
             if in_order:
                 found[kind] = self._ops.concat(parts, axis, self._result(kind))
                 continue
-            side_by_side = self._ops.variable(f"{self._base}.{_OUTPUTS[kind]}.parts")
-            value = self._ops.concat(parts, axis, side_by_side)
+            value = parts[0]
+            if len(parts) > 1:
+                side_by_side = self._ops.variable(f"{self._base}.{_OUTPUTS[kind]}.parts")
+                value = self._ops.concat(parts, axis, side_by_side)
+            if made.size < self._site.hidden:
+                value = self._ops.pad(value, [*(0,) * (2 * axis + 1), 1])
             indices = self._ops.integers(f"{self._base}.units", where.tolist())
             found[kind] = self._ops.add(
                 "Gather", [value, indices], self._result(kind), axis=axis
             )
         return found
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether one cell makes all units."""
+        return len(self._cells) == 1 and self._cells[0].units.size == self._site.hidden
 
     def _result(self, kind: int) -> Value:
         """This direction's output: the site's own where there is no other direction."""
@@ -389,7 +402,7 @@ class _DirectionWriter:
         for kind, name in enumerate(self._site.outputs):
             if not name and not (kind == _Y and is_read):
                 outputs.append(gs.Variable(""))
-            elif name and len(self._cells) == 1:
+            elif name and self._is_whole:
                 outputs.append(self._result(kind))
             else:
                 outputs.append(self._ops.variable(f"{base}.{_OUTPUTS[kind]}"))

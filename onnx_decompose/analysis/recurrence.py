@@ -135,11 +135,15 @@ def carried_columns(units: IntArray, hidden: int, cell: CellType) -> IntArray:
     return columns if cell != "GRU" else columns[columns < _CANDIDATE * hidden]
 
 
-def atoms_in_order(graph: UnitGraph) -> list[IntArray]:
+def atoms_in_order(graph: UnitGraph, gone: IntArray | None = None) -> list[IntArray]:
     """The units of every atom, in an order in which none reads a later one.
 
     What is connected stands together, smaller components first; within a component by layers. So every run of this
     order can be one operator, and runs of it contain whole components as well as parts of one cascade.
+
+    Args:
+        graph: one direction.
+        gone: units without an edge that are left out.
     """
     atoms = graph.atoms()
     component = state_components([graph.hidden], [Edge(0, 0, graph.edges)])
@@ -149,13 +153,14 @@ def atoms_in_order(graph: UnitGraph) -> list[IntArray]:
     first = np.unique(atoms.labels, return_index=True)[1]
     of_atom = labels[first]
     order = np.lexsort((first, atoms.layer, of_atom, size[of_atom]))
-    return [np.flatnonzero(atoms.labels == atom) for atom in order]
+    found = [np.flatnonzero(atoms.labels == atom) for atom in order]
+    return found if gone is None else [a for a in found if not np.isin(a, gone).any()]
 
 
-def parts_in_order(graph: UnitGraph) -> list[int]:
+def parts_in_order(graph: UnitGraph, gone: IntArray | None = None) -> list[int]:
     """Where sets of atoms that no edge joins to others begin in :func:`atoms_in_order`, and its length."""
     component = state_components([graph.hidden], [Edge(0, 0, graph.edges)]).labels[0]
-    labels = [int(component[atom[0]]) for atom in atoms_in_order(graph)]
+    labels = [int(component[atom[0]]) for atom in atoms_in_order(graph, gone)]
     starts = [
         number
         for number, label in enumerate(labels)

@@ -18,6 +18,9 @@ input_proposals     inputs that hardly matter
 removal_proposals   hidden units that the rest can stand in for
 merge_proposals     outputs that data hardly tells apart, one column for a group
 partition_proposals a given number of balanced groups, seam or not
+state_axes          hidden units of recurrent operators, for removal
+cells               what recurrent operators read and make, and who reads their units
+cell_refits         their refit
 neighbours          inputs made up around a few given ones, to fit on
 site_statistics     what sites read while a model runs
 """

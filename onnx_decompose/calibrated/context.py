@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
+from onnx_decompose.analysis.gram import MomentAccumulator
 from onnx_decompose.analysis.refit import Compensation, degrees_of_freedom
+from onnx_decompose.calibrated.cells import Cell, find_cells, with_states
 from onnx_decompose.calibrated.neighbours import with_neighbours
 from onnx_decompose.calibrated.parts import FIT
 from onnx_decompose.calibrated.site_statistics import (
@@ -125,6 +127,39 @@ class CalibrationContext:
         )
 
     @functools.cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The recurrent operators whose entries can be refitted."""
+        found = find_cells(self.study, {site.name for site in self.sites})
+        return tuple(
+            cell
+            for cell in found
+            if moment_bytes(sum(weight.shape[0] for weight in cell.weights))
+            <= self.moment_bytes
+        )
+
+    @functools.cached_property
+    def states(self) -> Mapping[str, Moments]:
+        """Moments of what recurrent operators read, inputs and states, by name, on the part to fit on."""
+        found: dict[str, Moments] = {}
+        for cell in self.cells:
+            adding = MomentAccumulator()
+            for values in self.observe_cell(cell, self.parts.fit):
+                adding.update(cell.rows(values))
+            found[cell.site.name] = adding.result()
+        return found
+
+    def observe_cell(
+        self, cell: Cell, samples: Samples, model: Flat | None = None
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """The values that tell what a recurrent operator reads and makes, batch by batch.
+
+        What a changed ``model`` makes is never held: it changes with the operator's own entries.
+        """
+        flat = with_states(self.study.flat if model is None else model, cell)
+        held = self.held.get(samples) if model is None else None
+        return self.observe(cell.values, samples, held, flat)
+
+    @functools.cached_property
     def biases(self) -> Mapping[str, Bias]:
         """Where the constants of sites are, by name of the site."""
         study = self.study
@@ -201,10 +236,11 @@ class CalibrationContext:
     def fitting(self) -> Samples:
         """What refits are fitted on: the part to fit on, and neighbours where it is small.
 
-        Not where there are convolutions: a signal with noise on every entry is no neighbour of it.
+        Not where there are convolutions or recurrent operators: a signal with noise on every entry is no neighbour.
         """
         fit, patches = self.parts.fit, any(site.kernel for site in self.sites)
-        return with_neighbours(fit, self.rng) if self.neighbours and not patches else fit
+        few = self.neighbours and not patches and not self.cells
+        return with_neighbours(fit, self.rng) if few else fit
 
     @functools.cached_property
     def fitted(self) -> Mapping[View, Moments]:

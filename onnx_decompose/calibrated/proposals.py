@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from onnx_decompose.analysis.pooling import Pools
     from onnx_decompose.analysis.refit import Groups
+    from onnx_decompose.graph.recurrent import RecurrentWeight
     from onnx_decompose.graph.sites import Site
 
     Masks = Mapping[str, NDArray[np.bool_]]
@@ -90,7 +91,7 @@ class Proposal:
         wide = weight.astype(np.float64)
         return wide @ self.remade[site.name] if site.name in self.remade else wide
 
-    def start(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
+    def start(self, site: Site | RecurrentWeight, weight: NDArray[Any]) -> NDArray[Any]:
         """The entries of ``site`` before any refit, (K, N), given the original's."""
         start = np.where(
             self.masks[site.name],

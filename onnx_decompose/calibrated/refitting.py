@@ -16,11 +16,13 @@ import numpy as np
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.grid import round_refit
 from onnx_decompose.analysis.refit import RefitWeight, refit_weight
+from onnx_decompose.calibrated.cell_refits import refit_cell
 from onnx_decompose.calibrated.site_statistics import Held
 from onnx_decompose.calibrated.views import Rows
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.closing import restore
+from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights
 from onnx_decompose.passes.replace_weights import ReplaceWeights
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from onnx_decompose.calibrated.cells import Cell
     from onnx_decompose.calibrated.context import CalibrationContext
     from onnx_decompose.calibrated.proposals import Proposal
     from onnx_decompose.calibrated.views import View
@@ -44,20 +47,34 @@ __all__ = ["annealed_by", "refitted"]
 
 def refitted(context: CalibrationContext, proposal: Proposal) -> dict[str, Refit]:
     """New weights and biases of the sites that ``proposal`` names, from the front of the model to its end."""
-    stages: dict[View, list[Site]] = {}
+    views: dict[View, list[Site]] = {}
     for site in context.sites:
         if site.name in proposal.masks:
-            stages.setdefault(context.view(site), []).append(site)
+            views.setdefault(context.view(site), []).append(site)
     refits: dict[str, Refit] = {}
     current = context.study.flat
     # What a stage reads is final: later refits are of sites behind it.
     held = {samples: Held(context.held_bytes) for samples in context.held}
-    for view, sites in stages.items():
-        # What an iteration reads hangs on all that earlier ones made: of a loop that is half annealed it tells nothing.
-        iterated = context.inside.is_iterated(view.value)
-        refits |= _Stage(context, proposal, view, sites, held).refit(
-            context.study.flat if iterated else current
-        )
+    stages: dict[int, _Stage | Cell] = {
+        sites[0].node: _Stage(context, proposal, view, sites, held)
+        for view, sites in views.items()
+    }
+    stages |= {
+        cell.site.node: cell for cell in context.cells if cell.weights[0].name in proposal.masks
+    }
+
+    def with_own(own: Mapping[str, Refit]) -> Flat:
+        before = refits if context.sequential else {}
+        return _annealed(context.study, {**before, **own})
+
+    for node in sorted(stages):
+        stage = stages[node]
+        if isinstance(stage, _Stage):
+            # What an iteration reads hangs on all that earlier ones made: a loop that is half annealed does not tell.
+            iterated = context.inside.is_iterated(stage.view.value)
+            refits |= stage.refit(context.study.flat if iterated else current)
+        else:
+            refits |= refit_cell(context, proposal, stage, with_own)
         if context.sequential:
             current = _annealed(context.study, refits)
     return refits
@@ -79,6 +96,13 @@ def _annealed(study: Study, refits: Mapping[str, Refit]) -> Flat:
         if not places[site.name].is_missing
     }
     changed = ReplaceWeights(weights, biases)(study.model).model
+    entries = {
+        weight.name: refits[weight.name].stored
+        for site in study.recurrent
+        for weight in site.all_weights
+        if weight.name in refits
+    }
+    changed = ReplaceRecurrentWeights(study.recurrent, entries)(changed).model
     return dataclasses.replace(study.flat, model=changed)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from onnx_decompose.analysis.removal import Reader, Removal, removal_order
 from onnx_decompose.calibrated.families import Family, entries_of
 from onnx_decompose.calibrated.proposals import Proposal
+from onnx_decompose.calibrated.state_axes import StateAxis, state_axes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -69,20 +70,33 @@ class HiddenAxis:
 def removed_units(context: CalibrationContext) -> Iterator[Family]:
     """One proposal per level."""
     axes = [axis for region in context.study.regions for axis in hidden_axes(context, region)]
-    total = sum(axis.size for axis in axes)
+    states = state_axes(context)
+    total = sum(axis.size for axis in axes) + sum(axis.size for axis in states)
 
     @functools.cache
     def orders() -> list[tuple[HiddenAxis, Removal]]:
         return [(axis, removal_order(readers_of(context, axis))) for axis in axes]
 
-    def at(number: int) -> Proposal | None:
-        gone = {axis: axis.within(order, LEVELS[-1 - number]) for axis, order in orders()}
-        count = sum(units.size for units in gone.values())
-        name = f"remove({count} of {total} hidden units)"
-        return Proposal(name, without_units(gone)) if count else None
+    @functools.cache
+    def state_orders() -> list[tuple[StateAxis, Removal]]:
+        return [(axis, axis.removal(context)) for axis in states]
 
-    if axes:
+    def at(number: int) -> Proposal | None:
+        loss = LEVELS[-1 - number]
+        gone = {axis: axis.within(order, loss) for axis, order in orders()}
+        count = sum(units.size for units in gone.values())
+        masks = without_units(gone)
+        for axis, order in state_orders():
+            units = axis.within(order, loss)
+            if units.size:
+                axis.without(units, masks)
+                count += units.size
+        name = f"remove({count} of {total} hidden units)"
+        return Proposal(name, masks) if count else None
+
+    if axes or states:
         touched = entries_of(site for axis in axes for site in (*axis.makers, *axis.readers))
+        touched += sum(axis.entries for axis in states)
         yield Family("remove", len(LEVELS), at, touched)
 
 

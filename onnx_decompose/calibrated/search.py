@@ -268,7 +268,9 @@ class _Search:
         self._journal = journal
         self._inputs = inputs
         study = context.study
-        self._nonzero = sum(int(np.count_nonzero(study.weight(site))) for site in study.sites)
+        self._nonzero = sum(
+            int(np.count_nonzero(study.weight(weight))) for weight in study.weights
+        )
         self._nearest: tuple[float, str] | None = None
         self._costs: dict[tuple[str, bytes], float] = {}
         self._refitted: dict[_Place, Attempt] = {}
@@ -354,7 +356,7 @@ class _Search:
 
     def _least(self, family: Family) -> float:
         """The share of the weights that a family leaves at least: none of its proposals is predicted to be faster."""
-        whole = sum(site.size for site in self._context.study.sites)
+        whole = sum(weight.size for weight in self._context.study.weights)
         return max(self._nonzero - family.removes, 0) / max(whole, 1)
 
     def _strictest_alive(self, number: int) -> int | None:
@@ -472,7 +474,7 @@ class _Search:
         if key not in self._costs:
             study = self._context.study
             bare: dict[str, Refit] = {}
-            for site in self._context.sites:
+            for site in study.weights:
                 if site.name in proposal.masks:
                     start = proposal.start(site, study.weight(site))
                     bare[site.name] = Refit(
@@ -488,7 +490,7 @@ class _Search:
         weights = {weight.name: study.weight(weight) for weight in study.weights}
         weights |= {
             site.name: study.values(site, refits[site.name].stored)
-            for site in study.sites
+            for site in study.weights
             if site.name in refits
         }
         evidence = {

@@ -38,6 +38,7 @@ from onnx_decompose.passes.replace_weights import ReplaceWeights
 from onnx_decompose.passes.rewrite_regions import RewriteRegions
 from onnx_decompose.planning.copies import find_copies
 from onnx_decompose.planning.plan import RegionPlan, plan_region, plan_shared
+from onnx_decompose.planning.state_graph import Branch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -58,7 +59,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Attempt", "absorbing", "annealed_model", "attempt", "rewritten_model"]
+__all__ = [
+    "Attempt",
+    "absorbing",
+    "annealed_model",
+    "attempt",
+    "rewritten_model",
+    "with_readers",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +133,11 @@ class Attempt:
             (sum(s.size for s in region.sites), plan.relative_cost)
             for region, plan in self.rewrites
         ]
-        whole = sum(site.size for site in self.study.sites)
+        parts += [
+            (sum(w.size for w in site.all_weights), plan.relative_cost)
+            for site, plan in self.recurrent.rewrites
+        ]
+        whole = sum(weight.size for weight in self.study.weights)
         return 1.0 - sum(size * (1.0 - cost) for size, cost in parts) / max(whole, 1)
 
     def weight(self, site: Site) -> NDArray[Any]:
@@ -278,19 +290,46 @@ def attempt(  # noqa: PLR0913 (what is known, what is asked for, and what was re
         apart = any(plan.decision != "dense" for _, plan in parts)
         plans.extend(parts if apart else [(region, whole)])
     masks = recurrent_masks(study, selections)
-    recurrent = attempt_recurrent(study, masks, cost, emit)
-    return absorbing(
-        Attempt(
-            study,
-            evidence,
-            criterion,
-            selections,
-            tuple(plans),
-            recurrent,
-            added,
-            refits=refits,
-        )
+    recurrent = attempt_recurrent(study, masks, cost, emit, refits)
+    tried = Attempt(
+        study,
+        evidence,
+        criterion,
+        selections,
+        tuple(plans),
+        recurrent,
+        added,
+        refits=refits,
     )
+    return absorbing(with_readers(tried))
+
+
+def with_readers(tried: Attempt) -> Attempt:
+    """The attempt with everything written that was refitted to do without the units of a recurrent operator.
+
+    Where it is not worth taking apart, it is written whole, with its new entries.
+    """
+    sites, cells = tried.recurrent.readers_of_gone()
+    names = {site.name for site in sites if site.name in tried.refits}
+    why = "its entries do without units that are gone"
+    plans = tuple(
+        (
+            region,
+            dataclasses.replace(
+                plan,
+                decision="shrink",
+                reason=f"{plan.reason}; {why}",
+                branches=(Branch(tuple(map(np.arange, region.axis_sizes))),),
+                relative_cost=1.0,
+            )
+            if plan.decision == "dense" and names & {site.name for site in region.sites}
+            else plan,
+        )
+        for region, plan in tried.plans
+    )
+    refitted = [cell for cell in cells if any(w.name in tried.refits for w in cell.all_weights)]
+    recurrent = tried.recurrent.written_whole(refitted, why)
+    return dataclasses.replace(tried, plans=plans, recurrent=recurrent)
 
 
 def absorbing(tried: Attempt) -> Attempt:

@@ -5,21 +5,37 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from onnx_decompose.analysis.anneal import anneal, fill
-from onnx_decompose.analysis.recurrence import carried_columns, unit_columns, unit_graph
+from onnx_decompose.analysis.recurrence import (
+    carried_columns,
+    unit_columns,
+    unit_edges,
+    unit_graph,
+)
+from onnx_decompose.decomposition.refits import weight_of
 from onnx_decompose.graph.recurrent import steps_of
-from onnx_decompose.model.metadata import SiteBlocks, SlicedConstant, digest
+from onnx_decompose.graph.state_readers import find_state_readers
+from onnx_decompose.model.metadata import Annealing, SiteBlocks, SlicedConstant, digest
 from onnx_decompose.passes.recurrent import ReplaceRecurrentWeights, RewriteRecurrent
-from onnx_decompose.planning.plan_recurrent import RecurrentGraph, RecurrentPlan, plan_recurrent
+from onnx_decompose.planning.plan_recurrent import (
+    RecurrentGraph,
+    RecurrentPlan,
+    plan_recurrent,
+    written_whole,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from onnx_decompose.analysis.criteria import Selection
+    from onnx_decompose.decomposition.refits import Refit
     from onnx_decompose.graph.recurrent import RecurrentSite, RecurrentWeight
+    from onnx_decompose.graph.sites import Site
+    from onnx_decompose.graph.state_readers import StateReaders
     from onnx_decompose.graph.study import Study
     from onnx_decompose.model.model_io import Model
     from onnx_decompose.planning.cost import CostModel
@@ -42,16 +58,46 @@ class RecurrentAttempt:
         study: the model.
         masks: the entries of each weight of theirs that stay, by name, (K, gates * H).
         plans: each site with its plan.
+        refits: what stands in the place of original entries before anything is removed, by name.
     """
 
     study: Study
     masks: Mapping[str, NDArray[np.bool_]]
     plans: tuple[tuple[RecurrentSite, RecurrentPlan], ...]
+    refits: Mapping[str, Refit]
 
     @property
     def rewrites(self) -> tuple[tuple[RecurrentSite, RecurrentPlan], ...]:
         """The sites that are not left dense."""
         return tuple((site, plan) for site, plan in self.plans if plan.decision != "dense")
+
+    def readers_of_gone(self) -> tuple[list[Site], list[RecurrentSite]]:
+        """The sites, and the recurrent sites, that read an operator some of whose units are not made any more."""
+        sites: list[Site] = []
+        cells: list[RecurrentSite] = []
+        for site, plan in self.rewrites:
+            made = sum(cell.units.size for one in plan.directions for cell in one.cells)
+            readers = _readers(self.study, site)
+            if made < site.hidden * len(site.directions) and readers is not None:
+                sites.extend(readers.sites)
+                cells.extend(readers.cells)
+        return sites, cells
+
+    def written_whole(self, sites: Sequence[RecurrentSite], why: str) -> RecurrentAttempt:
+        """The attempt with those of ``sites`` that are left dense written as they are, with their new entries."""
+        names = {site.name for site in sites}
+        plans = [
+            (
+                site,
+                written_whole(
+                    recurrent_graph(self.study, site, self.masks, self.refits), plan, why
+                )
+                if site.name in names and plan.decision == "dense"
+                else plan,
+            )
+            for site, plan in self.plans
+        ]
+        return with_plans(self.study, self.masks, plans, self.refits)
 
     @property
     def substructures(self) -> int:
@@ -91,7 +137,7 @@ class RecurrentAttempt:
             weight.name: SiteBlocks(
                 site=weight.name,
                 shape=weight.shape,
-                annealing="masked" if weight.name in changed else "exact",
+                annealing=self._annealing(weight) if weight.name in changed else "exact",
                 sha256=digest(self.annealed_weight(weight)),
                 blocks=rewriting.record[weight.name],
             )
@@ -102,20 +148,36 @@ class RecurrentAttempt:
 
     def annealed_weight(self, weight: RecurrentWeight) -> NDArray[Any]:
         """A weight without its unsupported entries, (K, gates * H)."""
-        return anneal(self.study.weight(weight), self.masks[weight.name])
+        kept = weight_of(self.study, weight, self.refits)
+        return anneal(kept, self.masks[weight.name])
+
+    def _annealing(self, weight: RecurrentWeight) -> Annealing:
+        new = self.annealed_weight(weight)
+        other = (new != 0) & (new != self.study.weight(weight))
+        return "refitted" if other.any() else "masked"
 
     def _changed(self) -> dict[str, NDArray[Any]]:
         """The weights of rewritten sites that annealing changes."""
-        return {
-            weight.name: self.annealed_weight(weight)
+        found = {
+            weight.name: (weight, self.annealed_weight(weight))
             for site, _ in self.rewrites
             for weight in site.all_weights
-            if (self.study.weight(weight)[~self.masks[weight.name]] != 0).any()
+            if weight.name in self.refits
+            or (self.study.weight(weight)[~self.masks[weight.name]] != 0).any()
+        }
+        return {
+            name: new
+            for name, (weight, new) in found.items()
+            if not np.array_equal(new, self.study.weight(weight))
         }
 
 
 def attempt_recurrent(
-    study: Study, masks: Mapping[str, NDArray[np.bool_]], cost: CostModel, emit: Emit
+    study: Study,
+    masks: Mapping[str, NDArray[np.bool_]],
+    cost: CostModel,
+    emit: Emit,
+    refits: Mapping[str, Refit] | None = None,
 ) -> RecurrentAttempt:
     """Plan every recurrent site.
 
@@ -124,12 +186,14 @@ def attempt_recurrent(
         masks: supported entries of each recurrent weight by name, (K, gates * H).
         cost: the provider's coefficients.
         emit: as of :func:`plan_recurrent`.
+        refits: weights that stand in the place of the original's, by name, those of other sites too.
     """
+    refits = refits or {}
     plans = [
-        (site, plan_recurrent(recurrent_graph(study, site, masks), cost, emit))
+        (site, plan_recurrent(recurrent_graph(study, site, masks, refits), cost, emit))
         for site in study.recurrent
     ]
-    return with_plans(study, masks, plans)
+    return with_plans(study, masks, plans, refits)
 
 
 def recurrent_masks(
@@ -141,9 +205,12 @@ def recurrent_masks(
 
 
 def recurrent_graph(
-    study: Study, site: RecurrentSite, masks: Mapping[str, NDArray[np.bool_]]
+    study: Study,
+    site: RecurrentSite,
+    masks: Mapping[str, NDArray[np.bool_]],
+    refits: Mapping[str, Refit],
 ) -> RecurrentGraph:
-    """The state graphs of a site; ``masks`` as of :func:`attempt_recurrent`."""
+    """The state graphs of a site; arguments as of :func:`attempt_recurrent`."""
     graphs = tuple(
         unit_graph(masks[w.name], masks[r.name], site.cell, cascade=cascade)
         for (w, r), cascade in zip(site.weights, site.cascade, strict=True)
@@ -153,13 +220,51 @@ def recurrent_graph(
         steps=steps_of(site, study.shapes),
         whole_output=bool(site.outputs[0]),
         itemsize=study.weight(site.all_weights[0]).itemsize,
+        gone=_gone(study, site, masks, refits),
     )
+
+
+def _gone(
+    study: Study,
+    site: RecurrentSite,
+    masks: Mapping[str, NDArray[np.bool_]],
+    refits: Mapping[str, Refit],
+) -> tuple[NDArray[np.intp], ...]:
+    """Per direction, the units without a supported entry that all readers multiply with zeros."""
+    none = np.empty(0, np.intp)
+    idle = [
+        ~(
+            unit_edges(masks[w.name], w.gates).any(axis=0)
+            | unit_edges(masks[r.name], r.gates).any(axis=0)
+            | masks[r.name].any(axis=1)
+        )
+        for w, r in site.weights
+    ]
+    readers = None
+    if any(units.any() and not units.all() for units in idle):
+        readers = _readers(study, site)
+    if readers is None:
+        return tuple(none for _ in site.weights)
+    used = np.zeros(site.hidden, dtype=bool)
+    for reader in readers.sites:
+        values = study.values(reader, weight_of(study, reader, refits))
+        used |= reader.edges(values != 0).any(axis=1)
+    for cell in readers.cells:
+        for w, _ in cell.weights:
+            used |= (weight_of(study, w, refits) != 0).any(axis=1)
+    return tuple(np.flatnonzero(units & ~used) for units in idle)
+
+
+def _readers(study: Study, site: RecurrentSite) -> StateReaders | None:
+    known, graph = (study.constants, study.shapes), study.model.proto.graph
+    return find_state_readers(graph, site, study.sites, study.recurrent, known)
 
 
 def with_plans(
     study: Study,
     masks: Mapping[str, NDArray[np.bool_]],
     plans: Iterable[tuple[RecurrentSite, RecurrentPlan]],
+    refits: Mapping[str, Refit],
 ) -> RecurrentAttempt:
     """An attempt with these plans: entries that the operators have room for stay."""
     chosen = tuple(plans)
@@ -167,7 +272,7 @@ def with_plans(
     for site, plan in chosen:
         if plan.decision != "dense":
             kept |= _filled(site, plan, masks)
-    return RecurrentAttempt(study, kept, chosen)
+    return RecurrentAttempt(study, kept, chosen, refits)
 
 
 def _filled(

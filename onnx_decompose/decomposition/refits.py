@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from onnx_decompose.graph.recurrent import RecurrentWeight
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.graph.study import Study
 
@@ -31,7 +32,9 @@ class Refit:
     added: NDArray[np.float64]
 
 
-def weight_of(study: Study, site: Site, refits: Mapping[str, Refit]) -> NDArray[Any]:
+def weight_of(
+    study: Study, site: Site | RecurrentWeight, refits: Mapping[str, Refit]
+) -> NDArray[Any]:
     """The stored entries of ``site``, (K, N): refitted, or the original's."""
     refit = refits.get(site.name)
     return study.stored(site) if refit is None else refit.stored

@@ -102,20 +102,26 @@ class Study:
             return site.array
         return site_weight(site, self.constants)
 
-    def stored(self, site: Site) -> NDArray[Any]:
+    def stored(self, site: Site | RecurrentWeight) -> NDArray[Any]:
         """The entries that are stored for the weight of a site, (K, N)."""
+        if isinstance(site, RecurrentWeight):
+            return site.array
         return stored_weight(site, self.constants)
 
-    def stored_as(self, site: Site, weight: NDArray[Any]) -> NDArray[Any]:
+    def stored_as(self, site: Site | RecurrentWeight, weight: NDArray[Any]) -> NDArray[Any]:
         """What is stored for other entries of a site, (K, N): the nearest that its type, or its grid, has."""
+        if isinstance(site, RecurrentWeight):
+            return weight.astype(site.array.dtype, copy=False)
         return stored_as(site, weight, self.constants)
 
     def grid(self, site: Site) -> Grid:
         """The numbers that can be stored for the weight of a site of integers."""
         return site_grid(site, self.constants)
 
-    def values(self, site: Site, stored: NDArray[Any]) -> NDArray[Any]:
+    def values(self, site: Site | RecurrentWeight, stored: NDArray[Any]) -> NDArray[Any]:
         """What entries that could be stored for the weight of a site, (K, N), stand for."""
+        if isinstance(site, RecurrentWeight):
+            return stored
         return stored_values(site, stored, self.constants)
 
     def annealed(self, site: Site, mask: NDArray[np.bool_]) -> NDArray[Any]:

@@ -36,6 +36,7 @@ __all__ = [
     "RecurrentPlan",
     "candidate_recurrent_plans",
     "plan_recurrent",
+    "written_whole",
 ]
 
 _MOST_CELLS = 64
@@ -61,12 +62,14 @@ class RecurrentGraph:
         steps: time steps; None where they are not fixed.
         whole_output: whether Y is read, the output of every step.
         itemsize: bytes per element.
+        gone: per direction, ascending units that nobody reads and that read nothing: no operator makes them.
     """
 
     directions: tuple[UnitGraph, ...]
     steps: int | None
     whole_output: bool
     itemsize: int
+    gone: tuple[IntArray, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -150,15 +153,15 @@ def plan_recurrent(
     directions: list[DirectionPlan] = []
     others: list[float] = []
     before = after = np.zeros(len(cost.batches))
-    for units in graph.directions:
+    for units, gone in zip(graph.directions, graph.gone, strict=True):
         pricing = _Pricing(units, graph, cost, narrow=emit != "auto")
-        order = atoms_in_order(units)
+        order = atoms_in_order(units, gone)
         cuts = _candidates(order, pricing, emit)
         cells = min(cuts, key=pricing.relative)
         others += [pricing.relative(cut) for cut in cuts if not _is_dense(units, cut)]
         before, after = before + pricing.dense, after + pricing.total(cells)
         directions.append(DirectionPlan(units.condensation(), len(order), cells))
-    found = "; ".join(map(_found, graph.directions, directions))
+    found = "; ".join(map(_found, graph.directions, directions, graph.gone))
     relative = relative_cost(after, before)
     count = sum(len(direction.cells) for direction in directions)
     plan = RecurrentPlan("dense", found, tuple(directions), relative)
@@ -176,6 +179,17 @@ def plan_recurrent(
         decision="split" if count > len(directions) else "shrink",
         reason=_predicted(found, count, relative),
     )
+
+
+def written_whole(graph: RecurrentGraph, plan: RecurrentPlan, why: str) -> RecurrentPlan:
+    """``plan`` as one operator per direction that has all units and reads all inputs, where only entries change."""
+    directions = []
+    for units, old in zip(graph.directions, plan.directions, strict=True):
+        every = np.arange(units.hidden)
+        cell = Cell(every, np.arange(units.inputs.shape[0]), np.empty(0, np.intp))
+        directions.append(dataclasses.replace(old, cells=(cell,)))
+    reason = f"{plan.reason}; {why}"
+    return RecurrentPlan("shrink", reason, tuple(directions))
 
 
 def candidate_recurrent_plans(
@@ -208,14 +222,16 @@ def _cut_by(graph: RecurrentGraph, cost: CostModel, way: str, *, narrow: bool) -
     """Every direction cut in one way; dense where that changes nothing, or makes more operators than ever pay."""
     directions: list[DirectionPlan] = []
     before = after = np.zeros(len(cost.batches))
-    for units in graph.directions:
+    for units, gone in zip(graph.directions, graph.gone, strict=True):
         pricing = _Pricing(units, graph, cost, narrow=narrow)
-        order = atoms_in_order(units)
+        order = atoms_in_order(units, gone)
         atoms = [pricing.run(atom) for atom in order]
         if way == "atoms":
             runs = atoms
         elif way == "apart":
-            runs = [_joined(atoms[a:b]) for a, b in itertools.pairwise(parts_in_order(units))]
+            runs = [
+                _joined(atoms[a:b]) for a, b in itertools.pairwise(parts_in_order(units, gone))
+            ]
         elif way == "cheapest":
             most = max(pricing.hidden // _MOST_CELLS, 1)
             runs = pricing.cheapest_cut(_chunks(atoms, most=most))
@@ -229,7 +245,7 @@ def _cut_by(graph: RecurrentGraph, cost: CostModel, way: str, *, narrow: bool) -
         _is_dense(units, direction.cells)
         for units, direction in zip(graph.directions, directions, strict=True)
     )
-    found = "; ".join(map(_found, graph.directions, directions))
+    found = "; ".join(map(_found, graph.directions, directions, graph.gone))
     relative = relative_cost(after, before)
     plan = RecurrentPlan("dense", found, tuple(directions), relative)
     if is_dense or count > _MOST_CELLS * len(directions):
@@ -248,7 +264,7 @@ def _predicted(found: str, count: int, relative: float) -> str:
     )
 
 
-def _found(graph: UnitGraph, plan: DirectionPlan) -> str:
+def _found(graph: UnitGraph, plan: DirectionPlan, gone: IntArray) -> str:
     """The structure of one direction in words."""
     condensation = plan.condensation
     giant = int(np.bincount(condensation.labels).max())
@@ -259,13 +275,14 @@ def _found(graph: UnitGraph, plan: DirectionPlan) -> str:
     )
     if many:
         text += f", in {condensation.layers} layer{'s' if condensation.layers > 1 else ''}"
-    if plan.atoms != condensation.sccs:
+    if plan.atoms != condensation.sccs - gone.size:
         text += f", bound into {plan.atoms} by edges that no cascade can carry"
-    return text
+    return f"{text}, {gone.size} gone" if gone.size else text
 
 
 def _is_dense(graph: UnitGraph, cells: tuple[Cell, ...]) -> bool:
-    return len(cells) == 1 and cells[0].inputs.size == graph.inputs.shape[0]
+    whole = len(cells) == 1 and cells[0].units.size == graph.hidden
+    return whole and cells[0].inputs.size == graph.inputs.shape[0]
 
 
 def _candidates(
@@ -365,7 +382,7 @@ class _Pricing:
         seconds = np.zeros(len(self._cost.batches))
         for cell in cells:
             seconds += self._seconds(cell.units.size, cell.inputs.size, cell.sources.size)
-        if len(cells) == 1:
+        if len(cells) == 1 and cells[0].units.size == self.hidden:
             return seconds
         return seconds + self._each_batch(lambda batch: self._join_seconds(cells, batch))
 
@@ -375,9 +392,9 @@ class _Pricing:
         first = sorted(cells, key=lambda cell: int(cell.units[0]))
         order = np.concatenate([cell.units for cell in first])
         joined = self._cost.copy(rows, order.size, self._itemsize)
-        if (np.diff(order) == 1).all():
+        if (np.diff(order) == 1).all() and order.size == self.hidden:
             return joined
-        return joined + self._cost.gather(rows, order.size, self._itemsize)
+        return joined + self._cost.gather(rows, self.hidden, self._itemsize)
 
     def cheapest_cut(self, runs: Sequence[_Run]) -> list[_Run]:
         """The cut of consecutive ``runs`` whose operators cost least, as a mean over the batches."""

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
-from onnx_decompose.decomposition.decompose import absorbing
+from onnx_decompose.decomposition.decompose import absorbing, with_readers
 from onnx_decompose.decomposition.decompose_recurrent import (
     recurrent_graph,
     recurrent_masks,
@@ -63,7 +63,9 @@ def autotuned(tried: Attempt, bench: RegionBench, cost: CostModel, emit: Emit) -
             candidates = (plan, *candidates)
         plans.append((region, _fastest(region, plan, candidates, bench, emit)))
     recurrent = _tuned_recurrent(tried, bench, cost, emit)
-    return absorbing(dataclasses.replace(tried, plans=tuple(plans), recurrent=recurrent))
+    return absorbing(
+        with_readers(dataclasses.replace(tried, plans=tuple(plans), recurrent=recurrent))
+    )
 
 
 def _tuned_recurrent(
@@ -78,13 +80,17 @@ def _tuned_recurrent(
         if predicted.decision == "dense" and not keeps:
             plans.append((site, predicted))
             continue
-        candidates = candidate_recurrent_plans(recurrent_graph(study, site, masks), cost, emit)
-        attempts = [with_plans(study, masks, ((site, plan),)) for plan in candidates]
+        candidates = candidate_recurrent_plans(
+            recurrent_graph(study, site, masks, tried.refits), cost, emit
+        )
+        attempts = [
+            with_plans(study, masks, ((site, plan),), tried.refits) for plan in candidates
+        ]
         timings = bench.time_recurrent(site, attempts) if attempts else None
         chosen = predicted if timings is None else _of_timed(candidates, timings, emit)
         logger.info("operator %s: %s: %s", site.name, chosen.decision, chosen.reason)
         plans.append((site, chosen))
-    return with_plans(study, masks, plans)
+    return with_plans(study, masks, plans, tried.refits)
 
 
 def _of_timed(

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_decompose.analysis.recurrence import GATES, CellType, unit_graph
+from onnx_decompose.analysis.recurrence import GATES, CellType, unit_columns, unit_graph
 from onnx_decompose.errors import PassError
 from onnx_decompose.graph.recurrent import find_recurrent
 from onnx_decompose.model.constants import Constants
@@ -52,7 +52,13 @@ def rewrite(source: onnx.ModelProto, emit: Emit = "split", cost: CostModel = CPU
         unit_graph(weights[w.name] != 0, weights[r.name] != 0, site.cell, cascade=cascade)
         for (w, r), cascade in zip(site.weights, site.cascade, strict=True)
     )
-    plan = plan_recurrent(RecurrentGraph(graphs, None, bool(site.outputs[0]), 4), cost, emit)
+    plan = plan_recurrent(
+        RecurrentGraph(
+            graphs, None, bool(site.outputs[0]), 4, (np.empty(0, np.intp),) * len(graphs)
+        ),
+        cost,
+        emit,
+    )
     if plan.decision == "dense":
         return Rewritten(source, plan)
     rewriting = RewriteRecurrent([(site, plan)], lambda weight: weights[weight.name])
@@ -434,3 +440,36 @@ class TestTorchForm:
         rewritten = rewrite(planted.model)
         assert rewritten.ops["Unsqueeze"] == 1
         assert "hh0" in {tensor.name for tensor in rewritten.proto.graph.initializer}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("outputs", [("Y", "Y_h"), ("Y_h",), ("Y",)], ids="-".join)
+def test_units_that_are_gone_are_zeros(
+    cell: CellType, direction: str, outputs: tuple[str, ...]
+) -> None:
+    """Units without an edge, where all that reads them is said to do without."""
+    rng = np.random.default_rng(3)
+    recipe = Recipe(
+        cell, ((3, 9), (2, 4)), (), direction=direction, outputs=outputs, lengths=True
+    )
+    planted = plant(recipe, rng)
+    gone = np.flatnonzero(planted.units[0] == 1)
+    live = np.flatnonzero(planted.units[0] == 0)
+    model = load_model(planted.model)
+    (site,), _ = find_recurrent(model, Constants(model))
+    columns = unit_columns(gone, site.hidden, site.gates)
+    weights = {w.name: w.array.copy() for w in site.all_weights}
+    for weight in weights.values():
+        weight[:, columns] = 0
+    (w, r) = site.weights[0]
+    graph = unit_graph(weights[w.name] != 0, weights[r.name] != 0, cell)
+    plan = plan_recurrent(RecurrentGraph((graph,), None, True, 4, (gone,)), CPU, "shrink")
+    rewriting = RewriteRecurrent([(site, plan)], lambda weight: weights[weight.name])
+    rewritten = rewriting(model).model.proto
+    onnx.checker.check_model(rewritten, full_check=True)
+    given = feeds(recipe, rng, 7, 3)
+    before, after = (run(proto, given, reference=False) for proto in (planted.model, rewritten))
+    for first, second in zip(before, after, strict=True):
+        np.testing.assert_allclose(second[..., live], first[..., live], atol=1e-6)
+        assert (second[..., gone] == 0).all()

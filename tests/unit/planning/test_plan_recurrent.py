@@ -14,6 +14,7 @@ from onnx_decompose.planning.plan_recurrent import (
     RecurrentGraph,
     candidate_recurrent_plans,
     plan_recurrent,
+    written_whole,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def block_graph(
 def whole(
     *directions: UnitGraph, steps: int | None = None, itemsize: int = 4
 ) -> RecurrentGraph:
-    return RecurrentGraph(directions, steps, True, itemsize)
+    gone = tuple(np.empty(0, np.intp) for _ in directions)
+    return RecurrentGraph(directions, steps, True, itemsize, gone)
 
 
 def sizes_of(plan: RecurrentPlan, direction: int = 0) -> list[tuple[int, int, int]]:
@@ -167,3 +169,45 @@ def test_thousands_of_operators_are_no_candidate() -> None:
     graph = whole(block_graph([1] * 300, [1] * 300))
     for plan in candidate_recurrent_plans(graph, CPU):
         assert len(plan.directions[0].cells) <= 64
+
+
+class TestUnitsThatAreGone:
+    @pytest.fixture
+    def graph(self) -> RecurrentGraph:
+        """Of 256 units, 96 that nothing joins to anything, every third one or so."""
+        rng = np.random.default_rng(0)
+        gone = np.sort(rng.permutation(256)[:96])
+        units = block_graph([256], [32])
+        live = np.setdiff1d(np.arange(256), gone)
+        masked = UnitGraph(units.inputs.copy(), units.edges.copy(), units.binding, units.gates)
+        masked.inputs[:, gone] = False
+        masked.edges[gone] = masked.edges[:, gone] = False
+        assert live.size == 160
+        return RecurrentGraph((masked,), None, True, 4, (gone,))
+
+    def test_no_operator_makes_them(self, graph: RecurrentGraph) -> None:
+        plan = plan_recurrent(graph, CPU)
+        assert plan.decision == "shrink"
+        assert sizes_of(plan) == [(32, 0, 160)]
+        assert not np.isin(plan.directions[0].cells[0].units, graph.gone[0]).any()
+        assert plan.relative_cost < 0.85
+        assert plan.substructures == 1
+        assert ", 96 gone; " in plan.reason
+
+    def test_candidates_leave_them_out_too(self, graph: RecurrentGraph) -> None:
+        for plan in candidate_recurrent_plans(graph, CPU):
+            made = np.concatenate([cell.units for cell in plan.directions[0].cells])
+            assert not np.isin(made, graph.gone[0]).any()
+            assert made.size == 160
+
+    def test_where_they_are_read_all_are_made(self, graph: RecurrentGraph) -> None:
+        none = dataclasses.replace(graph, gone=(np.empty(0, np.intp),))
+        plan = plan_recurrent(none, CPU, "shrink")
+        assert sizes_of(plan) == [(32, 0, 256)]
+
+    def test_an_operator_that_only_has_other_entries_is_written_whole(self) -> None:
+        dense = plan_recurrent(whole(block_graph([64], [32])), CPU)
+        assert dense.decision == "dense"
+        plan = written_whole(whole(block_graph([64], [32])), dense, "for a reason")
+        assert (plan.decision, sizes_of(plan)) == ("shrink", [(32, 0, 64)])
+        assert plan.relative_cost == 1.0
