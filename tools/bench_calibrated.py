@@ -4,6 +4,8 @@ python -m tools.bench_calibrated deephme MODEL.onnx    budgets 1e-3 and 1e-5, ju
 python -m tools.bench_calibrated multitask             multitask_dense: every task's accuracy before and after, by seed
 python -m tools.bench_calibrated ablate MODEL.onnx     removal at one level on a model with one input, parts left out
 python -m tools.bench_calibrated ablate-multitask      the groups of multitask_dense, parts left out
+python -m tools.bench_calibrated ablate-pictures MODEL.onnx --calibration A.npz --test B.npz [--level 0.03]
+                                                       removal at one level on any classifier, parts left out
 python -m tools.bench_calibrated control               multitask_dense with its weights, or its inputs, shuffled
 
 MODEL.onnx: DeepHME/models/predict_quantiles3D_DL_v8/predict_quantiles3D_DL_v8_even.onnx of deephme==1.2.0.
@@ -252,6 +254,64 @@ def report_multitask_ablation() -> None:
         )
 
 
+def report_pictures_ablation(path: Path, calibration: Path, test: Path, level: float) -> None:
+    """Parts left out at one level of removal; accuracy, likelihood and error of the first output on test samples."""
+    model = load_model(path)
+    samples = load_inputs(calibration, graph_inputs(model.proto))
+    with np.load(test) as arrays:
+        held = dict(arrays)
+    feeds = {spec.name: held[spec.name] for spec in graph_inputs(model.proto)}
+    before = _first_output(model, feeds)
+    context = _context(model, samples)
+    proposal = _removal(context, level)
+    print(
+        f"{proposal.name}\n\n| what | weights left | error | accuracy | log-likelihood |\n|---|---|---|---|---|"
+    )
+
+    def tell(name: str, after: Model, left: float) -> None:
+        found = _first_output(after, feeds)
+        error = np.linalg.norm(found - before) / np.linalg.norm(before)
+        outputs = {"logits": found}
+        accuracy, likelihood = (
+            f(held, outputs)["all"] for f in (task_accuracy, task_likelihood)
+        )
+        print(
+            f"| {name} | {left:.3f} | {error:.4f} | {accuracy:.4f} | {likelihood:.4f} |",
+            flush=True,
+        )
+
+    def refit(name: str, context: CalibrationContext, proposal: Proposal) -> None:
+        tell(
+            name, annealed_by(context.study, refitted(context, proposal)), _share_left(proposal)
+        )
+
+    tell("original", model, 1.0)
+    for name, changed in _variants(context):
+        refit(name, changed, proposal)
+    refit(
+        "as many channels of each layer, at random", context, _random_units(context, proposal)
+    )
+    for rows in (200, 100, 60, 40):
+        if rows < samples.count:
+            fewer = _context(model, samples.take(np.arange(rows)))
+            refusal = "; refused" if fewer.too_few() else ""
+            refit(f"{rows} samples in all{refusal}", fewer, _removal(fewer, level))
+
+
+def _removal(context: CalibrationContext, level: float) -> Proposal:
+    """What goes at the level nearest to ``level``."""
+    (family,) = removed_units(context)
+    number = int(np.abs(np.log(np.array(LEVELS[::-1]) / level)).argmin())
+    proposal = family.at(number)
+    assert proposal is not None
+    return proposal
+
+
+def _first_output(model: Model, feeds: dict[str, Array]) -> Array:
+    found = open_model(model, Provider.CPU).run(feeds)
+    return next(iter(found.values()))
+
+
 def report_control() -> None:
     """What chance gives: every weight's entries in another order, or every input's samples.
 
@@ -341,11 +401,22 @@ def _context(model: Model, samples: Samples) -> CalibrationContext:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
-        "question", choices=["deephme", "multitask", "ablate", "ablate-multitask", "control"]
+        "question",
+        choices=[
+            "deephme",
+            "multitask",
+            "ablate",
+            "ablate-multitask",
+            "ablate-pictures",
+            "control",
+        ],
     )
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--budget", type=float, default=0.02, help="of multitask")
+    parser.add_argument("--calibration", type=Path, help="of ablate-pictures")
+    parser.add_argument("--test", type=Path, help="of ablate-pictures")
+    parser.add_argument("--level", type=float, default=0.03, help="of ablate-pictures")
     options = parser.parse_args()
     if options.question == "deephme":
         report_deephme(options.model, options.seeds)
@@ -355,6 +426,10 @@ def _main() -> None:
         report_ablation(options.model)
     elif options.question == "ablate-multitask":
         report_multitask_ablation()
+    elif options.question == "ablate-pictures":
+        report_pictures_ablation(
+            options.model, options.calibration, options.test, options.level
+        )
     else:
         report_control()
 

@@ -143,7 +143,8 @@ def observe(
             room -= sum(array.nbytes for array in run.values())
             if room >= 0:
                 for name, array in run.items():
-                    new[name].append(array)
+                    # An output keeps all that its session has allocated, a copy does not.
+                    new[name].append(array.copy())
             else:
                 new.clear()
             found |= run

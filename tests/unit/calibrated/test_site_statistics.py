@@ -73,6 +73,13 @@ def test_what_is_held_is_where_the_next_run_starts(model: Model, samples: Sample
     assert seen(Model(changed), "b", samples, held) == first
 
 
+def test_what_is_held_holds_nothing_else(model: Model, samples: Samples) -> None:
+    """An output of onnxruntime keeps its session's memory, whatever else was allocated there."""
+    held = Held()
+    seen(model, "b", samples, held)
+    assert held.batch("b", 0).base is None
+
+
 def test_a_value_that_skips_what_is_held_is_computed_from_the_inputs(
     model: Model, samples: Samples
 ) -> None:
