@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from onnx_decompose.calibrated import views
+from onnx_decompose.calibrated import site_statistics, views
 from onnx_decompose.calibrated.decay_proposals import LEVELS, decayed_units
 from onnx_decompose.calibrated.group_proposals import group_networks
 from onnx_decompose.calibrated.input_proposals import spare_inputs
@@ -210,6 +210,26 @@ def test_as_many_positions_as_are_drawn_are_nearly_as_good(
     (family,) = removed_units(context)
     proposal = next(p for p in family if p.name == "remove(8 of 24 hidden units)")
     assert error(context, proposal, smooth(rng, 100, 3, 9, 9)) < 4e-3
+
+
+def test_positions_are_the_same_however_many_samples_run_together(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "ROWS", 60 * 7)
+    monkeypatch.setattr(views, "ROWS_PER_ENTRY", 1)
+    proto = network(rng)
+    x = smooth(rng, 100, 3, 9, 9)
+    found = []
+    for most in (1 << 29, 1 << 16):
+        monkeypatch.setattr(site_statistics, "BATCH_BYTES", most)
+        context = context_of(proto, x)
+        found.append((context.parts.fit.at_a_time, [context.read(s) for s in context.sites]))
+    (together, first), (fewer, second) = found
+    # What a sample's sites read: 3 x 9 x 9 and 24 x 5 x 5 floats.
+    assert (together, fewer) == (256, (1 << 16) // (4 * (3 * 81 + 24 * 25)))
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_allclose(one.xx, other.xx, rtol=1e-9, atol=1e-9)
+        assert one.count == other.count
 
 
 def test_rows_count_as_far_as_windows_fit_in_side_by_side(rng: np.random.Generator) -> None:
