@@ -269,5 +269,6 @@ def _positions(region: Region, shapes: Mapping[str, tuple[Dim, ...]]) -> tuple[i
         known = [size for size in sizes if isinstance(size, int)]
         if len(known) == len(sizes) == -1 - region.unit_axis:
             found[axis] = max(found.get(axis, 0), math.prod(known))
-    default = max(found.values(), default=_POSITIONS)
+    # A single position is what pooling leaves: it does not tell what was pooled.
+    default = max((count for count in found.values() if count > 1), default=_POSITIONS)
     return tuple(found.get(axis, default) for axis in range(len(region.axis_sizes)))

@@ -294,3 +294,32 @@ def test_what_is_no_question_of_channels_says_nothing(rng: np.random.Generator) 
     context = context_of(wide, x.astype(np.float32))
     for generator in (merged_outputs, supported_groups, group_networks):
         assert not list(generator(context))
+
+
+def test_patches_inside_a_body_are_those_of_every_run_of_it(rng: np.random.Generator) -> None:
+    """Three turns of a Loop for each sample; what a turn reads is another value each time."""
+    proto = parse(
+        """g (float[1, 3, 6, 6] x, int64 count, bool go) => (float[1, 3, 6, 6] y) {
+            y = Loop(count, go, x) <body = turn (int64 i, bool c, float[1, 3, 6, 6] h) =>
+                (bool d, float[1, 3, 6, 6] k) {
+                    d = Identity(c) a = Conv <pads = [1, 1, 1, 1]> (h, w) k = Tanh(a)
+            }>
+        }""",
+        {"w": (rng.normal(size=(3, 3, 3, 3)) / 4).astype(np.float32)},
+    )
+    x = smooth(rng, 40, 3, 6, 6)
+    arrays = {"x": x, "count": np.array(3), "go": np.array(True)}
+    samples = samples_from_arrays(arrays, graph_inputs(proto))
+    study = study_model(Model(proto))
+    context = context_for(study, Options(calibration=Path("x.npz")), samples, Provider.CPU)
+    (site,) = context.sites
+    window = context.view(site).window
+    assert window is not None
+    h, patches = context.parts.fit.rows["x"], []
+    for _ in range(3):
+        patches.append(window.patches(h))
+        made = patches[-1] @ context.study.weight(site)
+        h = np.moveaxis(np.tanh(made.reshape(-1, 6, 6, 3)), -1, 1)
+    moments = context.read(site)
+    seen = np.concatenate(patches).astype(np.float64)
+    np.testing.assert_allclose(moments.xx, np.cov(seen.T, bias=True), rtol=1e-4, atol=1e-5)
