@@ -226,6 +226,7 @@ class _Needs:
         masks: dict[str, NDArray[np.bool_]] = {}
         starts: dict[str, NDArray[Any]] = {}
         remade: dict[str, FloatArray] = {}
+        recast: dict[str, FloatArray] = {}
         for site in region.sites:
             source, target = region.axis_of[site.input], region.axis_of[site.output]
             first, second = labels[source], labels[target]
@@ -233,13 +234,14 @@ class _Needs:
             start_of = self._weights[site.name]
             if source in decode:
                 start_of = decode[source] @ start_of
+                recast[site.name] = encode[source]
             if target in encode:
                 start_of = start_of @ encode[target]
                 remade[site.name] = encode[target]
             starts[site.name] = start_of.astype(self._context.study.weight(site).dtype)
         outputs = {site.name: labels[region.axis_of[site.output]] for site in region.sites}
         focus = Focus(self._count, self._groups.survey.values, self._groups.shares, outputs)
-        return Proposal(name, masks, starts, focus, remade=remade)
+        return Proposal(name, masks, starts, focus, remade=remade, recast=recast)
 
 
 def _part(need: Subspace | Removal, loss: float, size: int) -> _Part:

@@ -51,7 +51,9 @@ class Proposal:
         focus: which rows count for which outputs; None for all alike.
         equal: outputs that get one column, the mean of theirs, by site name; without a focus.
         remade: what each output is to be made of, (N, N) by site name: of the original's outputs y, biases included,
-            it becomes y M. ``starts`` says so too, and what reads them. Not where outputs are ``equal``.
+            it becomes y M. ``starts`` says so too, and what reads them. With a focus; not where outputs are ``equal``.
+        recast: what becomes of inputs that are made of remade outputs, (K, K) by site name: of the original's x it is
+            x M, as far as the original tells.
         pools: inputs that get one row, the mean of theirs, by the name of a site that alone reads its input and keeps
             all of it; without a focus.
     """
@@ -62,6 +64,7 @@ class Proposal:
     focus: Focus | None = None
     equal: Mapping[str, Groups] = dataclasses.field(default_factory=dict)
     remade: Mapping[str, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
+    recast: Mapping[str, NDArray[np.float64]] = dataclasses.field(default_factory=dict)
     pools: Mapping[str, Pools] = dataclasses.field(default_factory=dict)
 
     @property

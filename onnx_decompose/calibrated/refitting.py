@@ -320,7 +320,8 @@ class _Stage:
         values = list(dict.fromkeys((*self.view.values, *focus.entries)))
         for now, before in self._values(values, current, samples):
             shares = focus.shares(before)
-            z, x = self.view.rows(before), self.view.rows(now)
+            z = self.view.rows(before)
+            x = self._recast(z) if now is before else self.view.rows(now)
             for job, accumulator in zip(jobs, adding, strict=True):
                 weight = np.ones(len(z)) if job.group is None else shares[:, job.group]
                 counts = weight > 0
@@ -328,6 +329,11 @@ class _Stage:
                 y = z[counts] @ self._columns(wide, job)
                 accumulator.update(x[np.ix_(counts, job.rows)], y, weight[counts])
         return [accumulator.result() for accumulator in adding]
+
+    def _recast(self, read: NDArray[Any]) -> NDArray[Any]:
+        """What the original reads, (rows, K), in the units that the proposal makes of it."""
+        made_of = self.proposal.recast.get(self.sites[0].name)
+        return read if made_of is None else read @ made_of
 
     def _alike(
         self, job: _Job, weight: NDArray[np.float64], current: Flat, samples: Samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,13 @@ from onnx import numpy_helper
 from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.inner_sites import rare_sites
 from onnx_decompose.calibrated.parts import split_samples
+from onnx_decompose.calibrated.proposals import Proposal
+from onnx_decompose.calibrated.refitting import annealed_by, refitted
+from onnx_decompose.calibrated.search import GENERATORS
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs
+from onnx_decompose.runtime.cases import open_model
 from onnx_decompose.runtime.samples import samples_from_arrays
 from onnx_decompose.runtime.sessions import Provider
 
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
+
+    from onnx_decompose.options import ProposalKind
 
     Array = NDArray[np.float32]
 
@@ -290,6 +297,104 @@ def test_a_loop_in_a_scan(rng: np.random.Generator) -> None:
     check(context, "outer.body/inner.body/mm", np.concatenate(rows))
 
 
+BEFORE_A_BRANCH = """
+chosen (float[1, 6] x) => (float[1, 6] y)
+{
+    zero = Constant<value = float {0}>()
+    [first] h = MatMul(x, w0)
+    total = ReduceSum<keepdims=0>(h)
+    go = Greater(total, zero)
+    t = Tanh(h)
+    [choice] y = If(go)<then_branch = yes () => (float[1, 6] a) { [mm] a = MatMul(t, w1) },
+        else_branch = no () => (float[1, 6] b) { b = Neg(t) }>
+}
+"""
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_where_the_annealed_model_takes_another_branch_the_originals_rows_count(
+    sign: int, rng: np.random.Generator
+) -> None:
+    """Without its first product, the model takes one branch for all samples, that of the mean."""
+    tensors = weights("w0", "w1")
+    x = rng.normal(size=(400, 1, K)).astype(np.float32)
+    x += (0.1 * sign * tensors["w0"].sum(axis=1)).astype(np.float32)
+    context = dataclasses.replace(
+        context_of(BEFORE_A_BRANCH, x, tensors), compensation="mean", neighbours=False
+    )
+    first, inner = context.sites
+    keep = np.ones((K, K), dtype=bool)
+    keep[:3] = False
+    masks = {first.name: np.zeros((K, K), dtype=bool), inner.name: keep}
+    refit = refitted(context, Proposal("both", masks))[inner.name]
+    states = [one @ tensors["w0"] for one in each(context)]
+    mean = np.concatenate(states).mean(axis=0, keepdims=True)
+    assert np.sign(mean.sum()) == sign
+    before = np.concatenate([np.tanh(h) for h in states if h.sum() > 0])
+    assert 20 < len(before) < len(states) - 20
+    # Where both take the branch, what is left reads the mean now; where the annealed model takes the other, it is
+    # fitted to what the original reads.
+    now = np.broadcast_to(np.tanh(mean), before.shape) if sign > 0 else before
+    wanted = (before @ tensors["w1"]).mean(axis=0) - (now[:, 3:] @ tensors["w1"][3:]).mean(
+        axis=0
+    )
+    np.testing.assert_allclose(refit.added, wanted, atol=1e-5)
+
+
+CONVOLUTION = """
+convolved (float[1, 3, 5, 5] x) => (float[1, 3, 5, 5] y)
+{
+    zero = Constant<value = float {0}>()
+    times = Constant<value_int = 2>()
+    go = Constant<value = bool {1}>()
+    [steps] y = Loop(times, go, x)<body = step
+        (int64 i, bool c, float[1, 3, 5, 5] h) => (bool c2, float[1, 3, 5, 5] h2)
+    {
+        c2 = Identity(c)
+        sum = ReduceSum<keepdims=0>(h)
+        large = Greater(sum, zero)
+        [choice] h2 = If(large)<then_branch = yes () => (float[1, 3, 5, 5] a) { [conv] a = Conv<pads=[1,1,1,1]>(h, w) },
+            else_branch = no () => (float[1, 3, 5, 5] b) { b = Sub(h, shift) }>
+    }>
+}
+"""
+
+
+def test_a_convolution_keeps_its_positions(rng: np.random.Generator) -> None:
+    """What it reads comes out as (samples, channels, height, width), the iterations one after the other."""
+    weight = (rng.normal(size=(3, 3, 3, 3)) / 4).astype(np.float32)
+    tensors = {"w": weight, "shift": np.array(-0.5, np.float32)}
+    x = rng.normal(size=(90, 3, 5, 5)).astype(np.float32)
+    context = context_of(CONVOLUTION, x, tensors)
+    (site,) = context.sites
+    found = [one[site.input] for one in context.observe([site.input], context.parts.fit)]
+    expected: list[Array] = []
+    for one in each(context):
+        h = one
+        for _ in range(2):
+            if h.sum() > 0:
+                expected.append(h)
+                padded = np.pad(h[0], ((0, 0), (1, 1), (1, 1)))
+                windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+                h = np.einsum("chwij,ocij->ohw", windows, weight)[None]
+            else:
+                h = h + np.float32(0.5)
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=1e-4)
+    moments = context.read(site)
+    patches = np.concatenate(
+        [
+            np.lib.stride_tricks.sliding_window_view(
+                np.pad(one[0], ((0, 0), (1, 1), (1, 1))), (3, 3), axis=(1, 2)
+            )
+            .transpose(1, 2, 0, 3, 4)
+            .reshape(25, 27)
+            for one in expected
+        ]
+    )
+    np.testing.assert_allclose(moments.mean_x, patches.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(moments.xx, np.cov(patches.T, bias=True), atol=1e-4)
+
+
 BRANCH_IN_SCAN = """
 nested (float[1, 4, 6] x) => (float[1, 6] last)
 {
@@ -324,3 +429,89 @@ def test_a_branch_that_too_few_samples_take_is_left_as_it_is(rng: np.random.Gene
         unseen = rare_sites([context])
         assert set(unseen) == left
         assert all("of the rows that it needs" in reason for reason in unseen.values())
+
+
+PLAIN = """
+plain (float[N, 4, 24] x) => (float[N, 4, 600] y)
+{
+    a = MatMul(x, w0)
+    b = Relu(a)
+    y = MatMul(b, w1)
+}
+"""
+CALLED = """
+called (float[N, 4, 24] x) => (float[N, 4, 600] y)
+{
+    [net] y = local.net(x, w0, w1)
+}
+<domain: "local", opset_import: ["" : 17]>
+net (x, w0, w1) => (y)
+{
+    a = MatMul(x, w0)
+    b = Relu(a)
+    y = MatMul(b, w1)
+}
+"""
+STEPS = """
+steps (float[N, 4, 24] x) => (float[M, 4, 600] y)
+{
+    xs = Transpose<perm=[1, 0, 2]>(x)
+    made = Scan<num_scan_inputs=1, body = step (float[N, 24] e) => (float[N, 600] f)
+    {
+        a = MatMul(e, w0)
+        b = Relu(a)
+        f = MatMul(b, w1)
+    }>(xs)
+    y = Transpose<perm=[1, 0, 2]>(made)
+}
+"""
+
+
+def wide_context(text: str) -> CalibrationContext:
+    """Two groups of inputs, hidden units of every size, outputs in thirty kinds."""
+    rng = np.random.default_rng(3)
+    kinds = rng.normal(size=(40, 30))[:, rng.integers(0, 30, 600)]
+    tensors = {
+        "w0": rng.normal(size=(24, 40)).astype(np.float32),
+        "w1": (np.geomspace(1, 1e-4, 40)[:, None] * kinds).astype(np.float32),
+    }
+    active = rng.integers(0, 2, (400, 4, 1)) == np.repeat([0, 1], 12)
+    x = (active * rng.normal(size=(400, 4, 24))).astype(np.float32)
+    return context_of(text, x, tensors)
+
+
+@pytest.mark.parametrize("kind", sorted(GENERATORS))
+def test_every_kind_of_proposal_is_the_same_inside(kind: ProposalKind) -> None:
+    """The same network on the same rows: in the main graph, as a call, as the body of a Scan."""
+    plain, *others = (wide_context(text) for text in (PLAIN, CALLED, STEPS))
+    first = list(GENERATORS[kind](plain))
+    assert first
+    for context in others:
+        second = list(GENERATORS[kind](context))
+        if context.inside.path(context.sites[0].input):
+            # What a step reads is no input of the model, and what it makes is no output.
+            first = [
+                family for family in first if kind != "inputs" and "by use" not in family.name
+            ]
+        assert [family.size for family in first] == [family.size for family in second]
+        for one, other in zip(first[:1], second[:1], strict=True):
+            for level in (one.size // 3, one.size // 2, one.size - 1):
+                outside, inside = one.at(level), other.at(level)
+                assert (outside is None) == (inside is None)
+                if outside is None or inside is None:
+                    continue
+                assert _told(outside) == _told(inside)
+                error = _error(context, inside)
+                assert _error(plain, outside) == pytest.approx(error, rel=0.1, abs=1e-5)
+
+
+def _told(proposal: Proposal) -> str:
+    return proposal.name.partition(",")[0]
+
+
+def _error(context: CalibrationContext, proposal: Proposal) -> float:
+    """Relative, of a refitted proposal on the part to judge on."""
+    models = context.study.source, annealed_by(context.study, refitted(context, proposal))
+    (feeds, _) = next(context.parts.judge.batches(256))
+    before, after = (open_model(model, Provider.CPU).run(feeds)["y"] for model in models)
+    return float(np.linalg.norm(after - before) / np.linalg.norm(before))
