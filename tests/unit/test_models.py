@@ -168,3 +168,15 @@ def test_scores_of_words_are_those_of_the_label() -> None:
     assert word_accuracy(inputs, {"logits": logits}) == 0.5
     expected = (np.log(0.5) + np.log(0.1)) / 2
     assert log_likelihood(inputs, {"logits": logits}) == pytest.approx(expected)
+
+
+@pytest.mark.torch
+def test_a_convolutional_network_is_the_same_every_time() -> None:
+    torch = pytest.importorskip("torch")
+    digits_cnn = pytest.importorskip("models.digits_cnn")
+    training = digits_cnn.Training(width=4, epochs=1)
+    x = digits_cnn.pictures(load_task_data("digits").test)
+    assert x.shape == (360, 1, 8, 8)
+    first, second = (digits_cnn.train(training)(x).detach() for _ in range(2))
+    assert first.shape == (360, 10)
+    assert torch.equal(first, second)
