@@ -1,6 +1,10 @@
 """What one wider product and a Split take in the place of products that read the same value, measured and predicted.
 
     python -m tools.bench_siblings [--rows 1,16,64,256] [--runs 600] [--shape 288,288,288,288 ...]
+    python -m tools.bench_siblings --join MODEL.onnx JOINED.onnx [--rows 1] [--axis time=1]
+
+The second form writes MODEL with nothing but its products joined, as ``rewrite`` does it in a model that it takes
+apart (and in no other), to be timed with ``onnx-decompose bench``: what of a speed-up is due to that alone.
 
 A shape is the inputs, then the outputs of each product. Every model has eight such sets, one after another. Times are
 those of the kernels, by onnxruntime's own profiler, 2 threads: of each the 5 % quantile of its runs, so that what else
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -21,6 +26,10 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_decompose.decomposition.joining import join_siblings
+from onnx_decompose.graph.study import study_model
+from onnx_decompose.model.metadata import Decomposition
+from onnx_decompose.model.model_io import load_model
 from onnx_decompose.planning.cost import CPU
 from onnx_decompose.planning.siblings import Siblings, apart_seconds, joined_seconds
 
@@ -101,12 +110,29 @@ def kernel_times(content: bytes, rows: int, inputs: int, runs: int) -> dict[str,
     return total
 
 
+def join(source: Path, output: Path, batches: tuple[int, ...], sizes: dict[str, int]) -> None:
+    """Write the model at ``source`` with its products joined, where that pays at these sizes."""
+    study = study_model(load_model(source))
+    cost = dataclasses.replace(CPU, batches=batches)
+    joined, _, sets = join_siblings(study.source, Decomposition(0.0, {}), study, cost, sizes)
+    onnx.save(joined.proto, output)
+    for one in sets:
+        print(f"{', '.join(one.products)}: {one.shape[0]} x {one.widths}, {one.predicted:.2f}")
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", action="append")
     parser.add_argument("--rows", default="1,16,64,256")
     parser.add_argument("--runs", type=int, default=600)
+    parser.add_argument("--join", type=Path, nargs=2, metavar=("MODEL", "JOINED"))
+    parser.add_argument("--axis", action="append", default=[], metavar="NAME=SIZE")
     options = parser.parse_args()
+    if options.join:
+        sizes = {name: int(size) for name, _, size in (a.partition("=") for a in options.axis)}
+        source, output = options.join
+        join(source, output, tuple(map(int, options.rows.split(","))), sizes)
+        return
     print(
         "| inputs, outputs | rows | apart us | joined us | Split us | time left | predicted |"
     )

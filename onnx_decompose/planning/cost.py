@@ -143,7 +143,7 @@ CPU = CostModel(
     row_gather_rate=4.5e10,
     transpose_rate=7e9,
     pick_ratio=5.0,
-    waking=4.5e-5,
+    waking=3e-5,
     lanes=16,
 )
 """Two cores of a server with AVX-512, onnxruntime 1.32, float32; float16 is computed in float32 there."""
