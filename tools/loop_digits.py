@@ -44,18 +44,18 @@ class Reader(nn.Module):
 
 def main() -> None:
     """Train and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A recurrent digit reader in a Loop.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-    digits = sklearn.datasets.load_digits()
-    x = (digits.data / 16).astype(np.float32)
+    pixels, digit = sklearn.datasets.load_digits(return_X_y=True)
+    x = (pixels / 16).astype(np.float32)
     order = np.random.default_rng(options.seed).permutation(len(x))
     train, calibration, test = np.split(order, [700, 1400])
     model = Reader()
-    _train(model, torch.from_numpy(x[train]), torch.from_numpy(digits.target[train]))
+    _train(model, torch.from_numpy(x[train]), torch.from_numpy(digit[train]))
     model.eval()
     torch.onnx.export(
         torch.jit.script(model),
@@ -71,10 +71,10 @@ def main() -> None:
         np.savez(
             options.folder / f"{name}.npz",
             x=x[part],
-            label=digits.target[part].astype(np.int64),
+            label=digit[part].astype(np.int64),
         )
     with torch.no_grad():
-        right = model(torch.from_numpy(x[test])).argmax(dim=1).numpy() == digits.target[test]
+        right = model(torch.from_numpy(x[test])).argmax(dim=1).numpy() == digit[test]
     print(f"{right.mean():.4f} of {len(test)} test images are read right")
 
 

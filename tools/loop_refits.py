@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Refits inside a Loop.")
     for name in ("model", "calibration", "test"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--losses", default="1e-6,1e-5,1e-4,1e-3,1e-2")

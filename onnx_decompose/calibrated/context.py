@@ -107,6 +107,10 @@ class CalibrationContext:
                 reason = "it multiplies integers inside a body"
             if reason is not None:
                 found[site.name] = reason
+        for cell in self.study.recurrent:
+            if any(self.inside.path(name) for name in cell.outputs):
+                reason = "it is a recurrent operator inside a body"
+                found |= {weight.name: reason for weight in cell.all_weights}
         return found
 
     @functools.cached_property

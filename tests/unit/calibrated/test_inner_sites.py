@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -45,14 +45,14 @@ def weights(*names: str) -> dict[str, Array]:
 
 
 def context_of(
-    text: str, x: Array, tensors: dict[str, Array], seed: int = 0
+    text: str, x: Array, tensors: dict[str, Array], seed: int = 0, **more: NDArray[Any]
 ) -> CalibrationContext:
     proto = onnx.parser.parse_model(HEAD + text)
     proto.graph.initializer.extend(
         numpy_helper.from_array(array, name) for name, array in tensors.items()
     )
     onnx.checker.check_model(proto, full_check=True)
-    samples = samples_from_arrays({"x": x}, graph_inputs(proto))
+    samples = samples_from_arrays({"x": x, **more}, graph_inputs(proto))
     return CalibrationContext(
         study_model(Model(proto)), split_samples(samples, seed), Provider.CPU, seed
     )
@@ -418,6 +418,34 @@ def test_a_branch_in_a_scan_is_left_as_it_is(rng: np.random.Generator) -> None:
     assert not context.sites
     (reason,) = context.left.values()
     assert "a branch inside a Scan" in reason
+
+
+RECURRENT = """
+chosen (float[1, 4, 6] x, bool flag) => (float[1, 4, 6] y)
+{
+    [choice] y = If(flag)<then_branch = yes () => (float[1, 4, 6] a)
+        { steps = Transpose<perm=[1, 0, 2]>(x)
+          [rnn] all, last = RNN<hidden_size=6>(steps, W, R)
+          first = Constant<value_ints=[1]>()
+          one = Squeeze(all, first)
+          b = Transpose<perm=[1, 0, 2]>(one)
+          [mm] a = MatMul(b, w0) },
+        else_branch = no () => (float[1, 4, 6] c) { c = Neg(x) }>
+}
+"""
+
+
+def test_a_recurrent_operator_in_a_branch_is_left_and_the_product_behind_it_is_not(
+    rng: np.random.Generator,
+) -> None:
+    tensors = weights("w0", "w1", "w2")
+    cell = {"w0": tensors["w0"], "W": tensors["w1"][None], "R": tensors["w2"][None]}
+    x = rng.normal(size=(100, 4, K)).astype(np.float32)
+    context = context_of(RECURRENT, x, cell, flag=np.ones(100, bool))
+    assert [site.name for site in context.sites] == ["choice.then_branch/mm"]
+    assert set(context.left) == {"choice.then_branch/rnn.W", "choice.then_branch/rnn.R"}
+    assert {*context.left.values()} == {"it is a recurrent operator inside a body"}
+    assert context.read(context.sites[0]).count == 4 * context.parts.fit.count
 
 
 def test_a_branch_that_too_few_samples_take_is_left_as_it_is(rng: np.random.Generator) -> None:
