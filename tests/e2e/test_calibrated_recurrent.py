@@ -182,3 +182,31 @@ def test_an_operator_whose_states_are_an_output_keeps_all_units(
     proto.graph.output.append(helper.make_tensor_value_info("s0", TensorProto.FLOAT, shape))
     (cell,) = find_cells(study_model(Model(proto)), {"out"})
     assert cell.readers is None
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
+def test_units_that_everything_multiplies_with_zeros_are_not_made(
+    read: bool, command: Command, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Without any data, and exactly; where one product reads them, they are."""
+    model = redundant(rng, "LSTM")
+    dead = rng.permutation(HIDDEN)[:30]
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).copy()
+        if tensor.name in {"w0", "r0"}:
+            array.reshape(4, HIDDEN, -1)[:, dead] = 0
+        if tensor.name == "r0":
+            array[..., dead] = 0
+        if tensor.name == "m" and not read:
+            array[dead] = 0
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    done = command("rewrite", source, "-o", output, "--force", "--emit", "shrink")
+    assert done.code == 0, done.err
+    rewritten = onnx.load(output)
+    (cell,) = (node for node in rewritten.graph.node if node.op_type == "LSTM")
+    sizes = [a.i for a in cell.attribute if a.name == "hidden_size"]
+    assert sizes == [HIDDEN if read else HIDDEN - dead.size]
+    x = normal(rng, 50)
+    np.testing.assert_allclose(run(rewritten, x), run(model, x), rtol=1e-5, atol=1e-6)
+    assert command("validate", source, output, "--budget", "0").code == 0

@@ -73,3 +73,28 @@ def test_as_many_positions_of_each_sample_and_the_same_for_every_model(
     found = [np.concatenate([rows for (rows,) in again.each({"x": x})])[:, 0] for _ in range(2)]
     np.testing.assert_array_equal(found[0], first)
     assert not np.array_equal(found[1], first)  # another batch, other positions
+
+
+def test_integers_are_what_they_stand_for(rng: np.random.Generator) -> None:
+    """A scale that comes with each run, and a zero point of the graph."""
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        quantized (float[N, 5] x) => (int32[N, 3] y)
+        {
+            q, s, z = DynamicQuantizeLinear(x)
+            y = MatMulInteger(q, w, z)
+        }
+    """)
+    weight = rng.integers(-9, 9, (5, 3)).astype(np.int8)
+    proto.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    study = study_model(Model(proto))
+    (site,) = study.sites
+    nodes = proto.graph.node
+    view = view_of(site, nodes[1], nodes[0], study.constants)
+    assert view == View("q", codes=("s", "z"))
+    assert view.values == ("q", "s", "z")
+    codes = rng.integers(0, 256, (4, 5)).astype(np.uint8)
+    found = {"q": codes, "s": np.float32(0.25), "z": np.uint8(7)}
+    arrays = {name: np.asarray(value) for name, value in found.items()}
+    ((rows,),) = Rows(view, 4, 0).each(arrays)
+    np.testing.assert_array_equal(rows, (codes.astype(float) - 7) * 0.25)
