@@ -13,6 +13,13 @@ from onnx import helper, numpy_helper
 
 from tests.e2e.inner_graphs import FORMS, call, value, with_main
 from tests.e2e.planted import Recipe, decomposition, plant, save
+from tests.e2e.test_product_forms import (
+    einsum,
+    einsum_with_the_constant_first,
+    gemm_of_a_transposed_value,
+    left,
+    left_gemm_with_a_bias_of_columns,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +109,13 @@ SITES: dict[Callable[[onnx.ModelProto], onnx.ModelProto], tuple[str, ...]] = {
 }
 
 
+PRODUCTS = (
+    *(left, left_gemm_with_a_bias_of_columns, gemm_of_a_transposed_value),
+    *(einsum, einsum_with_the_constant_first),
+)
+"""Forms in which both products are one region."""
+
+
 def inputs(model: onnx.ModelProto, rng: np.random.Generator, count: int) -> Feeds:
     """Samples; those with a flag, or a batch of one, are run one at a time."""
     names = {one.name: one.type.tensor_type.shape.dim for one in model.graph.input}
@@ -167,6 +181,34 @@ def test_hidden_units_go_in_every_place(
     for one, other, third in zip(before, after, dense, strict=True):
         assert np.linalg.norm(one - other) < 1e-2 * np.linalg.norm(one)
         np.testing.assert_allclose(other, third, rtol=1e-4, atol=1e-4)
+    assert command("validate", source, output, "--samples", "1").code == 0
+
+
+@pytest.mark.parametrize("form", PRODUCTS, ids=lambda form: form.__name__)
+def test_hidden_units_go_in_every_form_of_a_product(
+    form: Callable[[onnx.ModelProto], None],
+    command: Command,
+    rng: np.random.Generator,
+    tmp_path: Path,
+) -> None:
+    model = two_layers(rng)
+    form(model)
+    source, output = save(model, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    data, report = tmp_path / "data.npz", tmp_path / "report.json"
+    x = rng.normal(size=(600, 48)).astype(np.float32)
+    np.savez(data, x=x)
+    result = command(
+        "rewrite",
+        source,
+        *("-o", output, "--report", report, "--calibration", data, "--budget", "1e-2"),
+        *("--proposals", "removal", "--force", "--batch", "1"),
+    )
+    assert result.last_line.startswith("rewritten: "), result
+    content = json.loads(report.read_text("utf-8"))
+    assert all(content["claims"][name]["passed"] for name in ("structural", "annealing"))
+    for site in content["sites"]:
+        (block,) = site["blocks"]
+        assert sorted(block)[0] <= 2 * KEPT
     assert command("validate", source, output, "--samples", "1").code == 0
 
 
