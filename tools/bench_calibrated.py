@@ -2,7 +2,7 @@
 
 python -m tools.bench_calibrated deephme MODEL.onnx    budgets 1e-3 and 1e-5, judged on other inputs and distributions
 python -m tools.bench_calibrated multitask             multitask_dense: every task's accuracy before and after, by seed
-python -m tools.bench_calibrated ablate MODEL.onnx     removal at one level on a model with one input, parts left out
+python -m tools.bench_calibrated ablate MODEL.onnx     removal at one price on a model with one input, parts left out
 python -m tools.bench_calibrated ablate-multitask      the groups of multitask_dense, parts left out
 python -m tools.bench_calibrated ablate-pictures MODEL.onnx --calibration A.npz --test B.npz [--level 0.03]
                                                        removal at one level on any classifier, parts left out
@@ -23,14 +23,16 @@ import numpy as np
 import onnx
 
 from models.metrics import OUTPUT_SLOTS, task_accuracy, task_likelihood
+from onnx_decompose.analysis.removal import removal_order
 from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.decay_proposals import decayed_units
 from onnx_decompose.calibrated.parts import split_samples
 from onnx_decompose.calibrated.proposals import Proposal
 from onnx_decompose.calibrated.refitting import annealed_by, refitted
 from onnx_decompose.calibrated.removal_proposals import (
-    LEVELS,
+    PRICES,
     hidden_axes,
+    readers_of,
     removed_units,
     without_units,
 )
@@ -56,8 +58,8 @@ if TYPE_CHECKING:
 
 MODELS = Path(__file__).parents[1] / "models"
 CALIBRATION, TEST = 6000, 4000
-LEVEL = 10.0**-7.5
-"""Of the variance that the readers of a layer may lose."""
+PRICE = 10.0**-4.25
+"""Of all weights, in shares of the variance that may be lost."""
 GROUPS = "support(4 groups, 0.001 lost)"
 SIZES = (3000, 1500, 1000, 800, 600, 500, 400, 300)
 
@@ -170,7 +172,7 @@ def report_ablation(path: Path) -> None:
     samples = samples_from_arrays({spec.name: given}, graph_inputs(model.proto))
     context = _context(model, samples)
     (family,) = removed_units(context)
-    level = LEVELS[::-1].index(LEVEL)
+    level = PRICES[::-1].index(PRICE)
     proposal = family.at(level)
     assert proposal is not None
     print(
@@ -299,12 +301,11 @@ def report_pictures_ablation(path: Path, calibration: Path, test: Path, level: f
 
 
 def _removal(context: CalibrationContext, level: float) -> Proposal:
-    """What goes at the level nearest to ``level``."""
-    (family,) = removed_units(context)
-    number = int(np.abs(np.log(np.array(LEVELS[::-1]) / level)).argmin())
-    proposal = family.at(number)
-    assert proposal is not None
-    return proposal
+    """Without the units that go if the readers of each layer may lose ``level`` of their variance."""
+    axes = [axis for region in context.study.regions for axis in hidden_axes(context, region)]
+    gone = {axis: axis.within(removal_order(readers_of(context, axis)), level) for axis in axes}
+    count, total = sum(units.size for units in gone.values()), sum(axis.size for axis in axes)
+    return Proposal(f"remove({count} of {total} hidden units)", without_units(gone))
 
 
 def _first_output(model: Model, feeds: dict[str, Array]) -> Array:

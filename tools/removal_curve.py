@@ -4,7 +4,8 @@
                                   [--samples N] [--judged N] [--draws 0,1,2] [--rows FILE.jsonl] [--save FOLDER]
 
 Every method removes the same number of units from every set of hidden units (equal cost), but for ``greedy, spread``,
-which removes as many in all and spreads them by the predicted loss. Fitted on CALIBRATION.npz, 3 of 4 samples to fit
+which removes as many in all and spreads them by the predicted loss, one level for all sets, and ``greedy, priced``,
+which does so by one price, as ``rewrite`` does. Fitted on CALIBRATION.npz, 3 of 4 samples to fit
 and the rest to choose the ridge; judged on TEST.npz. A draw is a seed of which samples these are (those to judge on
 are always the same). Printed is the relative L2 error of the first output, the mean over the draws; ``--rows`` adds
 one JSON object per draw, method and share to a file, for ``tools.removal_table``: that error, the mean cosine between
@@ -34,7 +35,12 @@ import numpy as np
 from onnx_decompose.analysis.removal import removal_order
 from onnx_decompose.calibrated.proposals import Proposal
 from onnx_decompose.calibrated.refitting import annealed_by, refitted
-from onnx_decompose.calibrated.removal_proposals import hidden_axes, readers_of, without_units
+from onnx_decompose.calibrated.removal_proposals import (
+    hidden_axes,
+    priced_units,
+    readers_of,
+    without_units,
+)
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import load_model, save_model
@@ -57,7 +63,7 @@ if TYPE_CHECKING:
 
 METHODS = (
     *("magnitude", "wanda", "obs"),
-    *("greedy", "greedy, spread", "greedy, mean", "greedy, parallel"),
+    *("greedy", "greedy, spread", "greedy, priced", "greedy, mean", "greedy, parallel"),
     *("magnitude, refit", "wanda, refit", "obs, refit"),
 )
 
@@ -65,6 +71,7 @@ _RIDGE = ("ridge", True)
 _COMPENSATIONS = {
     "greedy": _RIDGE,
     "greedy, spread": _RIDGE,
+    "greedy, priced": _RIDGE,
     "greedy, mean": ("mean", True),
     "greedy, parallel": ("ridge", False),
     "magnitude, refit": _RIDGE,
@@ -111,9 +118,8 @@ class Curve:
 
     def annealed(self, method: str, share: float) -> Model:
         """The model without ``share`` of every set of hidden units."""
-        gone = (
-            self._spread(share) if method == "greedy, spread" else self._evenly(method, share)
-        )
+        dealt = {"greedy, spread": self._spread, "greedy, priced": self._priced}
+        gone = dealt[method](share) if method in dealt else self._evenly(method, share)
         masks = without_units(gone)
         compensation, sequential = _COMPENSATIONS.get(method, ("none", False))
         context = dataclasses.replace(
@@ -141,6 +147,20 @@ class Curve:
         losses = np.sort(np.concatenate([order.lost for order in self.greedy.values()]))
         level = losses[total - 1] if total else 0.0
         return {axis: order.within(level) for axis, order in self.greedy.items()}
+
+    def _priced(self, share: float) -> Gone:
+        """The price that takes the nearest to as many units."""
+        total = share * sum(axis.size for axis in self.axes)
+        orders = list(self.greedy.items())
+        low, high = -16.0, 4.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            gone = priced_units(orders, 10.0**middle)
+            if sum(units.size for units in gone.values()) > total:
+                high = middle
+            else:
+                low = middle
+        return priced_units(orders, 10.0**low)
 
     def _order(self, method: str, axis: HiddenAxis) -> NDArray[np.intp]:
         score, _, _ = method.partition(",")

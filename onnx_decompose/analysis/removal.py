@@ -10,12 +10,15 @@ A channel of a convolution has a row for each of its taps, that go together: wit
 its cost is tr(V_i^T P_ii^-1 V_i), and the rest is the same with P_ii^-1 in the place of 1 / P_ii.
 
 One unit at a time, so that of two that say the same only one goes. Means take no part: they go into biases.
+
+Of several sets of units, each in its order, as many go as are worth it at one price: the loss of all sets together,
+plus the price times the share of the weights that stay, is least (``at_price``).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
@@ -23,14 +26,14 @@ import scipy.linalg
 from onnx_decompose.analysis.gram import diagonal_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.intp]
 
-__all__ = ["Removal", "Reader", "removal_order"]
+__all__ = ["Product", "Reader", "Removal", "at_price", "removal_order"]
 
 _RIDGE, _RIDGE_OF_FEW = 1e-10, 1e-6
 """Of the mean variance of a unit. Losses under it cannot be told; a covariance of few rows has no inverse."""
@@ -41,6 +44,8 @@ _BLOCK = 64
 _TRUSTED = 0.5
 """Of 1 / (variance of a unit), which P_ii cannot be under: what is, rounding has made. So with its covariance."""
 _MORE_RIDGE = 10.0
+_MOST_TURNS = 50
+"""Of sets of units; a few are enough."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +80,74 @@ class Removal:
     def within(self, loss: float) -> IntArray:
         """The units that go if ``loss`` of the variance may be lost."""
         return self.order[: np.searchsorted(self.lost, loss, side="right")]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Product:
+    """Entries of a weight between two sets of units.
+
+    Attributes:
+        source: number of the set that is read; None for units that all stay.
+        target: number of the set that is made; None for units that all stay.
+        entries: for each pair of a unit that is read and one that is made, those that stay taken together as one.
+    """
+
+    source: int | None
+    target: int | None
+    entries: int
+
+    @property
+    def sides(self) -> tuple[int | None, int | None]:
+        """Both sets: the same for a state that makes itself."""
+        return self.source, self.target
+
+
+def at_price(
+    removals: Sequence[Removal],
+    sizes: Sequence[int],
+    products: Sequence[Product],
+    price: float,
+) -> list[IntArray]:
+    """The units of each set that go where a loss of ``price`` for all of the weights is the most that is paid.
+
+    A unit saves more where more others stay that it is joined with, so that the sets take turns until nothing changes:
+    every turn makes the sum of loss and price less.
+
+    Args:
+        removals: the order of each set, and what is lost.
+        sizes: units of each set.
+        products: the weights that their units are rows and columns of.
+        price: the share of the variance, of all sets together, that all of the weights are worth.
+    """
+    whole = sum(_entries(product, sizes) for product in products)
+    losses = [np.concatenate([[0.0], removal.lost]) for removal in removals]
+    counts = [0] * len(removals)
+    for _ in range(_MOST_TURNS):
+        before = list(counts)
+        for number, lost in enumerate(losses):
+            left = [size - count for size, count in zip(sizes, counts, strict=True)]
+            staying = sizes[number] - np.arange(lost.size)
+            work = sum(
+                _entries(p, left, {number: staying}) for p in products if number in p.sides
+            )
+            counts[number] = int(np.argmin(lost + price * work / whole))
+        if counts == before:
+            break
+    return [removal.order[:count] for removal, count in zip(removals, counts, strict=True)]
+
+
+def _entries(
+    product: Product, left: Sequence[int], tried: Mapping[int, IntArray] | None = None
+) -> Any:
+    """Entries of ``product`` where so many units of each set are left; beside a set that is all gone, as beside one.
+
+    With ``tried``, so many each of some sets in place of those.
+    """
+    found: Any = product.entries
+    for side in product.sides:
+        if side is not None:
+            found = found * (tried[side] if tried and side in tried else max(left[side], 1))
+    return found
 
 
 def removal_order(readers: Sequence[Reader], most: float = 0.5) -> Removal:

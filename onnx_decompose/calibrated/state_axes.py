@@ -58,8 +58,12 @@ class StateAxis:
         return removal_order(list(self._readers(context)))
 
     def within(self, removal: Removal, loss: float) -> NDArray[np.intp]:
-        """The units that go if ``loss`` may be lost: one stays at least."""
-        return removal.within(loss)[: self.size - 1]
+        """The units that go if ``loss`` may be lost."""
+        return self.allowed(removal.within(loss))
+
+    def allowed(self, gone: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Of the units ``gone`` the first: one stays at least."""
+        return gone[: self.size - 1]
 
     def without(self, units: NDArray[np.intp], masks: dict[str, NDArray[np.bool_]]) -> None:
         """Take ``units`` out of ``masks``, by name of the weight."""

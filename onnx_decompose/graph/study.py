@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from onnx_decompose.analysis.grid import Grid
     from onnx_decompose.model.model_io import Model
 
-__all__ = ["Study", "state_graph", "study_model"]
+__all__ = ["Study", "axis_positions", "state_graph", "study_model"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -251,7 +251,7 @@ def state_graph(
         unpadded=form.unpadded,
         unstacked=form.refusal,
         taps=tuple(site.taps for site in region.sites),
-        positions=_positions(region, study.shapes),
+        positions=axis_positions(region, study.shapes),
     )
 
 
@@ -259,7 +259,7 @@ _POSITIONS = 256
 """Positions of a convolution's values where shapes do not tell: 16 x 16."""
 
 
-def _positions(region: Region, shapes: Mapping[str, tuple[Dim, ...]]) -> tuple[int, ...]:
+def axis_positions(region: Region, shapes: Mapping[str, tuple[Dim, ...]]) -> tuple[int, ...]:
     """Per axis, positions that a convolution's values have for each sample; none where units are the last axis."""
     if region.unit_axis == -1:
         return ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_decompose.analysis.removal import Reader, removal_order
+from onnx_decompose.analysis.removal import Product, Reader, Removal, at_price, removal_order
 
 
 def _left(covariance: np.ndarray, weight: np.ndarray, kept: np.ndarray) -> float:
@@ -166,3 +166,72 @@ def test_a_channel_that_the_others_say_goes_for_nothing() -> None:
     removal = removal_order([Reader(covariance, rng.normal(size=(18, 4)), taps=3)])
     assert removal.within(1e-7).size == 1
     assert removal.order[0] in {0, 2, 4}
+
+
+class TestAtPrice:
+    """Three sets in a chain: 10 inputs, 20, 40 and 20 units, 5 outputs."""
+
+    SIZES = (20, 40, 20)
+    PRODUCTS = (
+        Product(None, 0, 10),
+        Product(0, 1, 1),
+        Product(1, 2, 1),
+        Product(2, None, 5),
+    )
+
+    @pytest.fixture
+    def removals(self) -> list[Removal]:
+        rng = np.random.default_rng(3)
+        return [
+            Removal(rng.permutation(size), np.cumsum(np.sort(10 ** rng.uniform(-6, 0, size))))
+            for size in self.SIZES
+        ]
+
+    def objective(self, removals: list[Removal], counts: list[int], price: float) -> float:
+        first, second, third = (size - n for size, n in zip(self.SIZES, counts, strict=True))
+        left = 10 * first + first * second + second * third + 5 * third
+        lost = sum(r.lost[n - 1] for r, n in zip(removals, counts, strict=True) if n)
+        return float(lost + price * left / (200 + 800 + 800 + 100))
+
+    @pytest.mark.parametrize("price", [1e-3, 1e-2, 1e-1])
+    def test_no_other_number_of_one_set_is_worth_more(
+        self, price: float, removals: list[Removal]
+    ) -> None:
+        gone = at_price(removals, self.SIZES, self.PRODUCTS, price)
+        counts = [units.size for units in gone]
+        assert all(count > 0 for count in counts)
+        least = self.objective(removals, counts, price)
+        for number, size in enumerate(self.SIZES):
+            for other in range(size + 1):
+                changed = [*counts[:number], other, *counts[number + 1 :]]
+                assert self.objective(removals, changed, price) >= least * (1 - 1e-12)
+
+    def test_the_first_of_each_order_go(self, removals: list[Removal]) -> None:
+        for removal, units in zip(
+            removals, at_price(removals, self.SIZES, self.PRODUCTS, 1e-2), strict=True
+        ):
+            np.testing.assert_array_equal(units, removal.order[: units.size])
+
+    def test_more_go_at_a_higher_price(self, removals: list[Removal]) -> None:
+        counts = [
+            sum(u.size for u in at_price(removals, self.SIZES, self.PRODUCTS, 10.0**k))
+            for k in range(-9, 5)
+        ]
+        assert counts == sorted(counts)
+        assert (counts[0], counts[-1]) == (0, sum(self.SIZES))
+
+    def test_of_two_alike_the_one_with_more_weights_loses_more(self) -> None:
+        removal = Removal(np.arange(30), np.cumsum(10.0 ** np.linspace(-6, 0, 30)))
+        products = (Product(None, 0, 100), Product(None, 1, 10))
+        wide, narrow = at_price([removal, removal], (30, 30), products, 1e-2)
+        assert wide.size > narrow.size > 0
+
+    def test_a_state_that_makes_itself_saves_more_of_itself(self) -> None:
+        """32 units with 4 gates each: the first that go save 4 * 63 entries of R each, and 4 * 8 of W."""
+        lost = np.cumsum(np.geomspace(1e-6, 1, 32))
+        removal = Removal(np.arange(32), lost)
+        products = (Product(0, 0, 4), Product(None, 0, 32))
+        (units,) = at_price([removal], (32,), products, 0.05)
+        left = 32 - np.arange(33)
+        work = (4 * left**2 + 32 * left) / (4 * 32**2 + 32 * 32)
+        assert units.size == np.argmin(np.concatenate([[0], lost]) + 0.05 * work)

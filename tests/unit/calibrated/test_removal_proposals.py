@@ -6,10 +6,12 @@ import numpy as np
 import onnx.parser
 from onnx import numpy_helper
 
+from onnx_decompose.analysis.removal import Removal
 from onnx_decompose.calibrated.context import CalibrationContext
 from onnx_decompose.calibrated.parts import split_samples
 from onnx_decompose.calibrated.refitting import annealed_by, refitted
-from onnx_decompose.calibrated.removal_proposals import removed_units
+from onnx_decompose.calibrated.removal_proposals import HiddenAxis, priced_units, removed_units
+from onnx_decompose.graph.sites import Site
 from onnx_decompose.graph.study import study_model
 from onnx_decompose.model.model_io import Model
 from onnx_decompose.model.tensors import graph_inputs
@@ -53,3 +55,31 @@ def test_units_that_others_nearly_repeat_can_go_within_a_small_budget(
         open_model(m, Provider.CPU).run({"x": x})["y"] for m in (Model(proto), after)
     )
     assert np.linalg.norm(now - before) < 3e-4 * np.linalg.norm(before)
+
+
+def test_units_that_are_worked_with_more_often_go_first() -> None:
+    """Two hidden layers alike, of which the first is worked out at 100 positions, by itself or as channels."""
+
+    def site(number: int, kernel: tuple[int, ...]) -> Site:
+        weight = f"w{number}"
+        shape = (16, 16)
+        return Site(
+            *(weight, number, "MatMul", f"v{number}", f"v{number + 1}", weight, weight),
+            transposed=False,
+            shape=shape,
+            kernel=kernel,
+        )
+
+    removal = Removal(np.arange(16), np.cumsum(10.0 ** np.linspace(-6, 0, 16)))
+    for kernel, lanes in (((), 1), ((1, 1), 8)):
+        first, second, third = (site(number, kernel) for number in range(3))
+        axes = [
+            HiddenAxis("w1", 16, (first,), (second,)),
+            HiddenAxis("w2", 16, (second,), (third,)),
+        ]
+        orders = [(axis, removal) for axis in axes]
+        alike = priced_units(orders, 0.3)
+        other = priced_units(orders, 0.3, {"w0": 100, "w1": 1, "w2": 1})
+        assert alike[axes[0]].size == alike[axes[1]].size > 0
+        assert other[axes[0]].size > other[axes[1]].size
+        assert {(16 - units.size) % lanes for units in other.values()} == {0}
