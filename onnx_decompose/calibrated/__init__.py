@@ -22,5 +22,5 @@ state_axes          hidden units of recurrent operators, for removal
 cells               what recurrent operators read and make, and who reads their units
 cell_refits         their refit
 neighbours          inputs made up around a few given ones, to fit on
-site_statistics     what sites read while a model runs
+site_statistics     what sites read while a model runs; inner_sites: inside bodies, where samples show enough
 """

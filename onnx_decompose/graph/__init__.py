@@ -1,7 +1,7 @@
 """What the graph alone says: sites, the regions that they form, and which values share their units' numbers.
 
 study            all of it together
-flat, closing    graphs inside graphs as one, and back
+flat, closing    graphs inside graphs as one, and back; exposing: values inside them, seen from outside
 lowering         products in other forms (einsum, quantized, recurrent, rearranged) as sites
 sites            nodes with a constant weight; refusals: the others, with a reason
 regions          sites joined by elementwise operators; biases, gates: where their constants are, and what takes them in
