@@ -90,8 +90,8 @@ def test_integers_are_what_they_stand_for(rng: np.random.Generator) -> None:
     study = study_model(Model(proto))
     (site,) = study.sites
     nodes = proto.graph.node
-    view = view_of(site, nodes[1], nodes[0], study.constants)
-    assert view == View("q", codes=("s", "z"))
+    view = View("q", codes=("s", "z"))
+    assert view_of(site, nodes[1], nodes[0], study.constants) == view
     assert view.values == ("q", "s", "z")
     codes = rng.integers(0, 256, (4, 5)).astype(np.uint8)
     found = {"q": codes, "s": np.float32(0.25), "z": np.uint8(7)}
