@@ -213,7 +213,7 @@ class _State:
         self._columns = np.zeros((rows, _BLOCK * self._taps), order="F")
         self._rows = np.zeros((_BLOCK * self._taps, outputs))
         self._gone = 0
-        blocks = weight.reshape(-1, self._taps, outputs)
+        blocks = weight.reshape(rows // self._taps, self._taps, outputs)  # outputs may be none
         self._squares = blocks @ blocks.transpose(0, 2, 1)
         self._diagonal = diagonal_blocks(inverse, self._taps)
 

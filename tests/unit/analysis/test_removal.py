@@ -235,3 +235,12 @@ class TestAtPrice:
         left = 32 - np.arange(33)
         work = (4 * left**2 + 32 * left) / (4 * 32**2 + 32 * 32)
         assert units.size == np.argmin(np.concatenate([[0], lost]) + 0.05 * work)
+
+
+def test_of_units_that_no_output_needs_all_go_for_nothing() -> None:
+    rng = np.random.default_rng(4)
+    covariance = _random(rng, 70, 1).covariance
+    for taps in (1, 2):
+        removal = removal_order([Reader(covariance, np.zeros((70, 0)), taps=taps)])
+        assert sorted(removal.order.tolist()) == list(range(70 // taps))
+        assert not removal.lost.any()
