@@ -171,7 +171,7 @@ class JoinSiblings(GraphPass):
             _stand_for(nodes, inputs, product, place, ops)
             _stand_for(adds, [product, bias], made, place, ops)
         # Negative axes came with operator set 11.
-        last = -1 if ops.opset >= 11 else len(ops.shapes[first.output[0]]) - 1
+        last = -1 if ops.opset >= 11 else len(ops.shapes[members[0].output]) - 1
         outputs = [gs.Variable(member.output) for member in members]
         ops.split(made, widths, outputs, place, axis=last)
         self.joined.append(
@@ -238,7 +238,9 @@ class _Finder:
         found: dict[tuple[Any, ...], list[_Member]] = {}
         for index, node in enumerate(self._graph.node):
             member = self._member(index, node)
-            if member is not None:
+            if member is not None and (
+                self._names_axes_from_last or member.output in self.shapes
+            ):
                 found.setdefault(self._form(member), []).append(member)
         for members in found.values():
             siblings = self._siblings(members)
@@ -252,8 +254,6 @@ class _Finder:
         value, weight, *rest = node.input
         output = node.output[0]
         if output not in self._asked.products or value in self.constants.names:
-            return None
-        if not (self._names_axes_from_last or output in self.shapes):
             return None
         if not self._is_movable(weight):
             return None

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnx_decompose.analysis.gram import MomentAccumulator, Moments
 from onnx_decompose.analysis.refit import refit_weight
+from onnx_decompose.calibrated.views import comparable
 from onnx_decompose.decomposition.refits import Refit
 
 if TYPE_CHECKING:
@@ -134,6 +136,8 @@ def _missed(context: CalibrationContext, cell: Cell, model: Flat, live: BoolArra
     before = context.observe_cell(cell, choose)
     lost = power = 0.0
     for after, first in zip(now, before, strict=True):
+        if not comparable(after, first, cell.values):
+            return math.inf
         wanted = cell.made(first)[:, live].astype(np.float64)
         lost += float(np.square(cell.made(after)[:, live] - wanted).sum())
         power += float(np.square(wanted).sum())
@@ -167,7 +171,7 @@ def _moments(context: CalibrationContext, cell: Cell, current: Flat, samples: Sa
     before = context.observe_cell(cell, samples)
     for after, first in zip(now, before, strict=True):
         z = cell.rows(first)
-        both.update(cell.rows(after), z)
+        both.update(cell.rows(after) if comparable(after, first, cell.values) else z, z)
         alone.update(z)
     return _Both(both.result(), alone.result())
 

@@ -277,6 +277,12 @@ class CalibrationContext:
         The patches of a sample overlap: of a convolution as many rows count as windows fit in side by side. However
         many these are, it needs as many samples as a product needs rows.
         """
+        for part in (self.fit, self.choose):
+            for view, moments in part.items():
+                if not np.isfinite(moments.xx).all():
+                    return f"nothing is fitted to '{view.value}', which is not finite on some samples"
+        if any(not np.isfinite(moments.xx).all() for moments in self.states.values()):
+            return "nothing is fitted to states that are not finite on some samples"
         entries = {value.name for value in self.study.source.proto.graph.input}
         worst = 0
         for view, moments in self.fit.items():

@@ -18,7 +18,7 @@ from onnx_decompose.analysis.grid import round_refit
 from onnx_decompose.analysis.refit import RefitWeight, refit_weight
 from onnx_decompose.calibrated.cell_refits import refit_cell
 from onnx_decompose.calibrated.site_statistics import Held
-from onnx_decompose.calibrated.views import Rows
+from onnx_decompose.calibrated.views import Rows, comparable
 from onnx_decompose.decomposition.refits import Refit
 from onnx_decompose.graph.biases import find_biases
 from onnx_decompose.graph.closing import restore
@@ -376,8 +376,11 @@ class _Stage:
         before = context.observe(list(dict.fromkeys((*values, *ways))), samples, known)
         now = context.observe([*self.view.values, *ways], samples, self.held[samples], current)
         for first, second in zip(now, before, strict=True):
-            # Rows belong together where both took the same branches; elsewhere there are the original's alone.
-            alike = all(np.array_equal(first[name], second[name]) for name in ways)
+            # Rows belong together where both took the same branches and there are as many; elsewhere, and where what
+            # was annealed makes no numbers any more, there are the original's alone.
+            alike = all(
+                np.array_equal(first[name], second[name]) for name in ways
+            ) and comparable(first, second, self.view.values)
             yield first if alike else second, second
 
     def _columns(self, arrays: Mapping[str, NDArray[Any]], job: _Job) -> NDArray[Any]:

@@ -44,6 +44,7 @@ from onnx_decompose.calibrated.support_proposals import supported_groups
 from onnx_decompose.calibrated.trials import Trials
 from onnx_decompose.decomposition.decompose import annealed_model, attempt
 from onnx_decompose.decomposition.refits import Refit
+from onnx_decompose.errors import ClaimError
 from onnx_decompose.timing.cost_cache import cost_model
 from onnx_decompose.verification.verify import AnnealingClaim, measure_annealing
 
@@ -328,7 +329,11 @@ class _Search:
 
         def passes(candidate: int) -> bool:
             tried = self._tried(inside[candidate])
-            claim = self._measured(tried, judging)
+            try:
+                claim = self._measured(tried, judging)
+            except ClaimError as error:
+                self._nearest = math.inf, f"{_what(tried)} {error}"
+                return False
             if not claim:
                 refused.append(claim)
                 self._nearest = claim.error, _told(tried, claim)
@@ -402,6 +407,14 @@ class _Search:
         name = tried.criterion.name
         if not tried.takes_apart:
             return _Look(math.inf, math.inf, math.inf, f"{name} takes nothing apart")
+        try:
+            return self._judged_in_turns(place, tried, risk)
+        except ClaimError as error:  # how many rows an output has may hang on what was annealed
+            return _Look(math.inf, math.inf, math.inf, f"{_what(tried)} {error}")
+
+    def _judged_in_turns(self, place: _Place, tried: Attempt, risk: float) -> _Look:
+        """As :meth:`_compared`, of an attempt that takes something apart."""
+        name = tried.criterion.name
         blocks = self._trials.compare(0, annealed_model(tried))
         turns = 1
         trial = self._trials.judge(blocks, risk)

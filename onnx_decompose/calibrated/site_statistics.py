@@ -115,7 +115,9 @@ def observe(
         ModelError: it does not run.
     """
     held = Held(0) if held is None else held
-    inputs = {value.name for value in flat.source.proto.graph.input}
+    graph = flat.source.proto.graph
+    # A stored tensor that is an input too is what it is without one.
+    inputs = {value.name for value in graph.input} - {t.name for t in graph.initializer}
     known = set(held.names) - inputs
     made = [name for name in values if name not in inputs | known]
     inside = inside or {}
@@ -252,7 +254,12 @@ def _exposed(
     for node in reversed(shown.nodes):
         if wanted.difference(known).intersection(node.output):
             nodes.append(node)
-            wanted.update(reads(node))
+            wanted.update(name for name in reads(node) if name)
+    known = {
+        name: array
+        for name, array in known.items()
+        if all(name not in node.output for node in nodes)
+    }
     proto = onnx.ModelProto()
     proto.CopyFrom(_without_graph(flat.source.proto))
     part = proto.graph

@@ -22,7 +22,7 @@ from onnx_decompose.graph.quantized import INTEGER_PRODUCTS, input_codes
 from onnx_decompose.graph.sites import attribute_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import onnx
     from numpy.typing import NDArray
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from onnx_decompose.graph.sites import Site
     from onnx_decompose.model.constants import Constants
 
-__all__ = ["ROWS", "ROWS_PER_ENTRY", "Rows", "View", "view_of"]
+__all__ = ["ROWS", "ROWS_PER_ENTRY", "Rows", "View", "comparable", "view_of"]
 
 ROWS = 1 << 14
 """Positions of all samples together, and one of each sample in any case."""
@@ -113,6 +113,16 @@ def view_of(
     pads = () if window.auto_pad != "NOTSET" or not any(window.pads) else window.pads
     return View(
         site.input, dataclasses.replace(window, strides=strides, dilations=dilations, pads=pads)
+    )
+
+
+def comparable(
+    now: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[Any]], names: Iterable[str]
+) -> bool:
+    """Whether values have as many rows as before, and are finite: how many there are may hang on the data."""
+    return all(
+        now[name].shape == before[name].shape and bool(np.isfinite(now[name]).all())
+        for name in names
     )
 
 

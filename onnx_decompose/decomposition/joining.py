@@ -69,6 +69,7 @@ def join_siblings(
     before = study.model.proto.graph
     joining = JoinSiblings(cost, products, _biases(graph, decomposition, study), sizes, before)
     joined = joining(model).model
+    stored = {tensor.name for tensor in joined.proto.graph.initializer}
     weights = {name: (place,) for name, place in joining.weights.items()}
     sites = {
         name: _moved_site(site, weights, joining.rows)
@@ -89,11 +90,11 @@ def join_siblings(
     found = dataclasses.replace(
         decomposition,
         sites=sites,
-        constants=_constants(decomposition, joining.rows),
+        constants=_constants(decomposition, joining.rows, stored),
         reordered={
             name: constant
             for name, constant in decomposition.reordered.items()
-            if name not in joining.rows
+            if name not in joining.rows or name in stored
         },
     )
     return joined, found, tuple(joining.joined)
@@ -154,10 +155,22 @@ def _moved(blocks: Iterable[Block], places: Moved) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def _constants(decomposition: Decomposition, rows: Moved) -> dict[str, SlicedConstant]:
-    """What is recorded of constants that are stored in parts, with the biases that were moved."""
+def _constants(
+    decomposition: Decomposition, rows: Moved, stored: Collection[str]
+) -> dict[str, SlicedConstant]:
+    """What is recorded of constants that are stored in parts, with the biases that were moved.
+
+    A part that something else reads as well is still ``stored`` where it was.
+    """
+    both = rows.keys() & stored
     found = {
-        name: dataclasses.replace(sliced, blocks=_moved(sliced.blocks, rows))
+        name: dataclasses.replace(
+            sliced,
+            blocks=(
+                *_moved(sliced.blocks, rows),
+                *(block for block in sliced.blocks if block.initializer in both),
+            ),
+        )
         for name, sliced in decomposition.constants.items()
     }
     known = {

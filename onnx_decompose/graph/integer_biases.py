@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -96,7 +97,11 @@ class _Lines:
         if name not in self._constants:
             return False
         zero = self._constants.array(name)
-        limits = np.iinfo(zero.dtype)
+        try:
+            # Of 4 bits too, which numpy does not know.
+            limits = ml_dtypes.iinfo(zero.dtype)  # type: ignore[no-untyped-call]
+        except ValueError:  # 8 bits of floats
+            return False
         return bool(((zero > limits.min) & (zero < limits.max)).all())
 
     def bias(

@@ -453,7 +453,7 @@ _JOINTS = {
 def _may_stand_for(node: onnx.NodeProto, source: onnx.NodeProto, *, is_new: bool) -> bool:
     """Whether a rewrite can put ``node`` in the place of ``source``, which has another operator."""
     if not is_new:
-        of_several = node.op_type == "Split" and source.op_type in {*_PRODUCTS, "Add"}
+        of_several = node.op_type == "Split" and source.op_type in {*_PRODUCTS, "Add", "Mul"}
         return node.op_type in _JOINTS or of_several
     if source.op_type in _PRODUCTS:
         return node.op_type in _PRODUCTS

@@ -462,3 +462,92 @@ def test_validate_needs_the_metric_that_the_budget_is_of(
     missing = command("validate", job.source, job.output, "--metric", "top1")
     assert missing.code == 2
     assert "--inputs" in missing.err
+
+
+ROWS_BY_VALUE = """
+<ir_version: 8, opset_import: ["" : 17]>
+chosen (float[N, 16] x) => (float[N, 4] y)
+{
+    a = MatMul(x, w1)
+    h = Relu(a)
+    c = MatMul(h, w2)
+    first = Slice(c, zero, one, last)
+    flat = Reshape(first, long)
+    some = Greater(flat, nothing)
+    rows = Compress <axis = 0> (c, some)
+    e = MatMul(rows, w3)
+    f = Relu(e)
+    g = MatMul(f, w4)
+    mean = ReduceMean <axes = [0], keepdims = 1> (g)
+    d = MatMul(c, w5)
+    y = Add(d, mean)
+}
+"""
+"""As many rows go on as have a first entry over nothing, which annealing may change."""
+
+LOGARITHM = """
+<ir_version: 8, opset_import: ["" : 17]>
+logarithm (float[N, 16] x) => (float[N, 24] y)
+{
+    a = MatMul(x, w1)
+    b = Add(a, b1)
+    h = Relu(b)
+    c = MatMul(h, w2)
+    cc = Add(c, b2)
+    l = Log(cc)
+    e = MatMul(l, w3)
+    f = Relu(e)
+    y = MatMul(f, w4)
+}
+"""
+"""The original's logarithms are of positive numbers; those of a model that lost units need not be."""
+
+
+def with_tensors(text: str, **tensors: NDArray[Any]) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(
+        numpy_helper.from_array(
+            array if array.dtype == np.int64 else array.astype(np.float32), name
+        )
+        for name, array in tensors.items()
+    )
+    return model
+
+
+@pytest.mark.parametrize("form", ["rows", "logarithm"])
+def test_a_proposal_that_changes_what_can_be_compared_costs_the_search_nothing(
+    command: Command, rng: np.random.Generator, tmp_path: Path, form: str
+) -> None:
+    kinds = rng.normal(size=(16, 12)) / 4
+    copies = kinds[:, rng.permutation(np.arange(96) % 12)] + 0.02 * rng.normal(size=(16, 96))
+    if form == "rows":
+        model = with_tensors(
+            ROWS_BY_VALUE,
+            w1=copies,
+            w2=rng.normal(size=(96, 24)) / 10,
+            w3=rng.normal(size=(24, 48)) / 5,
+            w4=rng.normal(size=(48, 4)) / 7,
+            w5=rng.normal(size=(24, 4)) / 5,
+            zero=np.array([0]),
+            one=np.array([1]),
+            last=np.array([1]),
+            long=np.array([-1]),
+            nothing=np.array(0.0),
+        )
+    else:
+        model = with_tensors(
+            LOGARITHM,
+            w1=copies,
+            b1=rng.normal(size=96) / 4 - 1.2,
+            w2=np.abs(rng.normal(size=(96, 24))) / 10,
+            b2=np.full(24, 1e-3),
+            w3=rng.normal(size=(24, 96)) / 5,
+            w4=rng.normal(size=(96, 24)) / 10,
+        )
+    job = Job(command, model, tmp_path)
+    told = job(
+        rng.normal(size=(600, 16)).astype(np.float32),
+        *("--budget", 0.3, "--proposals", "removal", "--annealing", "calibrated"),
+    )
+    assert told.code == 0, told.err
+    assert re.search("remove", told.out)

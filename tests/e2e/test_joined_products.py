@@ -19,8 +19,8 @@ from onnx_decompose.runtime.sessions import Provider
 from onnx_decompose.verification.verify import Inputs, structural_claim
 from tests.e2e.planted import array_of, decomposition, save, set_array, units, with_heads
 from tests.e2e.random_models import NOISE, Recipe, random_model
-from tests.e2e.whole_rewrite import EXACT, check_rewrite
-from tests.passes.harness import blocks
+from tests.e2e.whole_rewrite import EXACT, check_rewrite, rewrite_once
+from tests.passes.harness import blocks, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -238,3 +238,66 @@ def test_random_models(seed: int, free: bool, criterion: Any) -> None:
     recipe = dataclasses.replace(Recipe.drawn(seed, NOISE if criterion else 0.0), siblings=True)
     options = Options(null=f"normal:{NOISE}", criterion=criterion, provider="cpu")
     check_rewrite(random_model(recipe), "auto", options if criterion else EXACT, free=free)
+
+
+def test_a_bias_that_something_else_reads_too_is_told_of_at_both_places(
+    rng: np.random.Generator,
+) -> None:
+    """Joined products have it side by side; what reads the part where it was is compared with the original, too."""
+    inputs, outputs = [0, 1, 0, 1], [0, 1, 1, 0, 1, 0]
+    tensors = {
+        "w": blocks(rng, inputs, outputs),
+        "v": blocks(rng, inputs, outputs),
+        "b": rng.standard_normal(6).astype(np.float32),
+        "w2": blocks(rng, outputs, inputs),
+    }
+    text = """shared (float[B, 4] x) => (float[B, 4] y) {
+        h = MatMul(x, w)  a = Add(h, b)  i = MatMul(x, v)  l = Add(i, b)
+        q = Sigmoid(l)  r = Mul(a, q)  rr = Mul(r, b)  y = MatMul(rr, w2) }"""
+    proto = parse(text, tensors)
+    made = rewrite_once(proto, "auto", EXACT, free=True)
+    assert made.model is not None
+    assert made.joined
+    recorded = decomposition(made.model)["constants"]["b"]["blocks"]
+    parts = {block["initializer"] for block in recorded}
+    alone = {
+        node.input[1]
+        for node in made.model.graph.node
+        if node.op_type == "Mul" and node.input[1] in parts
+    }
+    assert alone
+    for name in alone:
+        tampered = onnx.ModelProto()
+        tampered.CopyFrom(made.model)
+        values = array_of(tampered, name)
+        values[..., 0] += 1e-5
+        set_array(tampered, name, values)
+        claim = structural_claim(
+            load_model(proto),
+            load_model(tampered),
+            inputs=Inputs(seeds=1),
+            provider=Provider.CPU,
+        )
+        assert not claim
+
+
+def test_joined_products_with_absorbed_scales_are_proved(rng: np.random.Generator) -> None:
+    """What a Mul made in the original, a Split makes now."""
+    faint = np.where(np.arange(24) < 8, 1.0, 1e-6)
+    tensors = {
+        "w": rng.standard_normal((16, 24)) * faint,
+        "v": rng.standard_normal((16, 24)) * faint,
+        "s": rng.uniform(0.5, 2, 24),
+        "t": rng.uniform(0.5, 2, 24),
+        "w2": rng.standard_normal((24, 16)) / 8,
+    }
+    text = """scaled (float[B, 16] x) => (float[B, 16] y) {
+        h = MatMul(x, w)  z = Mul(h, s)  i = MatMul(x, v)  l = Mul(i, t)
+        q = Sigmoid(l)  r = Mul(z, q)  y = MatMul(r, w2) }"""
+    proto = parse(text, {name: array.astype(np.float32) for name, array in tensors.items()})
+    options = Options(null="normal:1e-6", criterion="ksigma:6", provider="cpu", seeds=1)
+    outcome = check_rewrite(proto, "auto", options)
+    assert outcome.joined
+    assert outcome.model is not None
+    recorded = decomposition(outcome.model)["sites"]
+    assert all(recorded[name]["absorbed"] == 1 for name in recorded if name != "y")

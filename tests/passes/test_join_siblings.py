@@ -286,3 +286,18 @@ def test_it_has_to_pay_at_the_rows_that_there_are(
     assert [one.predicted for one in passing.joined] == [joined_cost(siblings, cost)] * len(
         passing.joined
     )
+
+
+@pytest.mark.parametrize("opset", [8, 10, 13])
+def test_a_bias_that_adds_an_axis_moves_the_one_that_is_cut(
+    rng: np.random.Generator, opset: int
+) -> None:
+    text = "m (float[B,4] x) => (float[1,B,2] q, float[1,B,3] k) {"
+    text += "h = MatMul (x, a2) q = Add (h, d) i = MatMul (x, b3) k = Add (i, e) }"
+    tensors = weights(rng, "a2", "b3")
+    tensors |= {
+        name: rng.standard_normal((1, 1, width)).astype(np.float32)
+        for name, width in (("d", 2), ("e", 3))
+    }
+    made, _ = join(parse(text, tensors, opsets=f'"": {opset}'), products=["h", "i"])
+    assert ops(made) == ["MatMul", "Add", "Split"]

@@ -129,3 +129,17 @@ def test_moments_of_more_views_than_there_is_room_for_take_more_runs(
     assert tight[View("c")].xx.tobytes() == whole[View("c")].xx.tobytes()
     with pytest.raises(KeyError):
         found[View("nothing")]
+
+
+def test_a_stored_tensor_that_is_an_input_too_is_what_is_stored(
+    model: Model, samples: Samples
+) -> None:
+    plain = seen(model, "c", samples)
+    given = onnx.ModelProto()
+    given.CopyFrom(model.proto)
+    given.graph.input.append(
+        onnx.helper.make_tensor_value_info("w0", onnx.TensorProto.FLOAT, [5, 5])
+    )
+    assert seen(Model(given), "c", samples) == plain
+    stored = numpy_helper.to_array(given.graph.initializer[0])
+    assert seen(Model(given), "w0", samples)[: stored.nbytes] == stored.tobytes()
