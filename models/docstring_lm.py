@@ -13,30 +13,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from models.artifacts import Trained, write
-from models.docstrings import library_docstrings
+from models.character_training import CHARACTERS, train_and_write
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-__all__ = [
-    "CharacterTransformer",
-    "Training",
-    "docstring_splits",
-    "windows",
-]
-
-CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-SPLIT_SEED = 0
+__all__ = ["CharacterTransformer", "Training"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,78 +95,6 @@ class CharacterTransformer(nn.Module):
         return logits
 
 
-def docstring_splits() -> dict[str, NDArray[np.int64]]:
-    """The texts of training, calibration and test modules, each one run of character numbers."""
-    number = {character: k for k, character in enumerate(CHARACTERS)}
-    modules: dict[str, list[str]] = {}
-    for module, text in library_docstrings():
-        modules.setdefault(module, []).append(text)
-    names = sorted(modules)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(names))
-    cuts = [int(0.8 * len(names)), int(0.9 * len(names))]
-    return {
-        split: np.array(
-            [
-                number[character]
-                for name in sorted(rows)
-                for text in modules[names[name]]
-                for character in text + "\n\n"
-                if character in number
-            ],
-            np.int64,
-        )
-        for split, rows in zip(
-            ("train", "calibration", "test"), np.split(order, cuts), strict=True
-        )
-    }
-
-
-def windows(text: NDArray[np.int64], length: int, most: int) -> NDArray[np.int64]:
-    """Evenly spaced windows of ``text``, (windows, length), that do not overlap."""
-    count = min(most, len(text) // length)
-    starts = np.linspace(0, len(text) - length, count).astype(int)
-    return np.stack([text[start : start + length] for start in starts])
-
-
-def train(training: Training, text: NDArray[np.int64]) -> CharacterTransformer:
-    """The trained model."""
-    torch.manual_seed(training.seed)
-    model = CharacterTransformer(training)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, training.learning_rate, total_steps=training.steps
-    )
-    tokens = torch.from_numpy(text)
-    offsets = torch.arange(training.time + 1)
-    for step in range(training.steps):
-        starts = torch.randint(len(tokens) - training.time - 1, (training.batch, 1))
-        rows = tokens[starts + offsets]
-        loss = functional.cross_entropy(
-            model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
-        )
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"step {step}: {loss.item():.3f} nats per character", flush=True)
-    return model.eval()
-
-
-@torch.no_grad()
-def nats_per_character(model: CharacterTransformer, rows: NDArray[np.int64]) -> float:
-    """Mean cross entropy over the windows ``rows``, first characters left out."""
-    tokens = torch.from_numpy(rows)
-    losses = [
-        functional.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())
-        for part in tokens.split(32)
-    ]
-    return float(torch.stack(losses).mean())
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
@@ -189,37 +102,14 @@ def _main() -> None:
     parser.add_argument("--seed", type=int, default=Training().seed, help="of the training")
     arguments = parser.parse_args()
     training = Training(seed=arguments.seed, steps=arguments.steps)
-    torch.set_num_threads(1)
-    splits = docstring_splits()
-    began = time.process_time()
-    model = train(training, splits["train"])
-    seconds = time.process_time() - began
-    held = {
-        split: windows(splits[split], training.time, 512) for split in ("calibration", "test")
-    }
-    facts = {
-        "data": {
-            "characters": {split: len(text) for split, text in splits.items()},
-            "windows": {split: len(rows) for split, rows in held.items()},
-            "split_seed": SPLIT_SEED,
-        },
-        "nats_per_character": {
-            split: round(nats_per_character(model, rows), 4) for split, rows in held.items()
-        },
-    }
-    trained = Trained(
+    train_and_write(
         "docstring_lm",
+        lambda: CharacterTransformer(training),
         training,
-        model,
         torch.zeros((2, 7), dtype=torch.int64),
-        "input_ids",
-        "logits",
         {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=128)},
-        {split: {"input_ids": rows} for split, rows in held.items()},
-        facts,
-        seconds,
+        arguments.folder,
     )
-    print(write(trained, arguments.folder)["nats_per_character"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m models.docstring_rnn OUTPUT_FOLDER [--cell lstm] [--hidden 256] [--steps 600] [--seed 0]
 
 Embeddings of width 48, one LSTM or GRU, logits from every state; trained as usual, with nothing that would spare units.
-Splits and windows are those of ``models.docstring_lm``. Writes ``docstring_lstm.onnx`` or ``docstring_gru.onnx``
+Splits and windows are those of ``models.character_training``. Writes ``docstring_lstm.onnx`` or ``docstring_gru.onnx``
 (``input_ids`` (batch, 64) to ``logits`` (batch, 64, characters)), its provenance, and windows of the calibration
 and the test text as .npz.
 """
@@ -12,22 +12,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from models.artifacts import Trained, write
-from models.docstring_lm import CHARACTERS, SPLIT_SEED, docstring_splits, windows
+from models.character_training import CHARACTERS, train_and_write
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-__all__ = ["CharacterRNN", "Training", "train"]
+__all__ = ["CharacterRNN", "Training"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,45 +55,6 @@ class CharacterRNN(nn.Module):
         return logits
 
 
-def train(training: Training, text: NDArray[np.int64]) -> CharacterRNN:
-    """The trained model."""
-    torch.manual_seed(training.seed)
-    model = CharacterRNN(training)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, training.learning_rate, total_steps=training.steps
-    )
-    tokens = torch.from_numpy(text)
-    offsets = torch.arange(training.time + 1)
-    for step in range(training.steps):
-        starts = torch.randint(len(tokens) - training.time - 1, (training.batch, 1))
-        rows = tokens[starts + offsets]
-        loss = functional.cross_entropy(
-            model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
-        )
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"step {step}: {loss.item():.3f} nats per character", flush=True)
-    return model.eval()
-
-
-@torch.no_grad()
-def nats_per_character(model: CharacterRNN, rows: NDArray[np.int64]) -> float:
-    """Mean cross entropy over the windows ``rows``, first characters left out."""
-    tokens = torch.from_numpy(rows)
-    losses = [
-        functional.cross_entropy(model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten())
-        for part in tokens.split(32)
-    ]
-    return float(torch.stack(losses).mean())
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
@@ -115,37 +69,14 @@ def _main() -> None:
         hidden=arguments.hidden,
         steps=arguments.steps,
     )
-    torch.set_num_threads(1)
-    splits = docstring_splits()
-    began = time.process_time()
-    model = train(training, splits["train"])
-    seconds = time.process_time() - began
-    held = {
-        split: windows(splits[split], training.time, 512) for split in ("calibration", "test")
-    }
-    facts = {
-        "data": {
-            "characters": {split: len(text) for split, text in splits.items()},
-            "windows": {split: len(rows) for split, rows in held.items()},
-            "split_seed": SPLIT_SEED,
-        },
-        "nats_per_character": {
-            split: round(nats_per_character(model, rows), 4) for split, rows in held.items()
-        },
-    }
-    trained = Trained(
+    train_and_write(
         f"docstring_{training.cell}",
+        lambda: CharacterRNN(training),
         training,
-        model,
         torch.zeros((2, training.time), dtype=torch.int64),
-        "input_ids",
-        "logits",
         {0: torch.export.Dim("batch")},
-        {split: {"input_ids": rows} for split, rows in held.items()},
-        facts,
-        seconds,
+        arguments.folder,
     )
-    print(write(trained, arguments.folder)["nats_per_character"])
 
 
 if __name__ == "__main__":

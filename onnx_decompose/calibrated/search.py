@@ -324,7 +324,7 @@ class _Search:
             [self._looks[place].cost for place in inside],
             [self._looks[place].used for place in inside],
         )
-        refused: list[AnnealingClaim] = []
+        refused: list[int] = []
         judging = self._judging(len(order))
 
         def passes(candidate: int) -> bool:
@@ -332,10 +332,11 @@ class _Search:
             try:
                 claim = self._measured(tried, judging)
             except ClaimError as error:
+                refused.append(candidate)
                 self._nearest = math.inf, f"{_what(tried)} {error}"
                 return False
             if not claim:
-                refused.append(claim)
+                refused.append(candidate)
                 self._nearest = claim.error, _told(tried, claim)
             return bool(claim)
 
